@@ -47,17 +47,11 @@ PAPER = dict(rho=(1.0,), iterations=20, mask_iterations=15, freeze_mask=True, da
 
 
 def prune_weight(
-    weight: Tensor,
-    gram: Tensor,
-    sparsity: float | None = None,
-    *,
-    pattern: str | None = None,
-    mask: Tensor | None = None,
-    **constants,
+    weight: Tensor, gram: Tensor, sparsity: float | None = None, *, mask: Tensor | None = None, **kw
 ) -> Tensor:
-    """`prune_weights` for a single weight matrix, and the support `mask` if that is given."""
+    """`prune_weights` for one weight matrix, and one support if `mask` is given."""
     masks = None if mask is None else [mask]
-    return prune_weights([weight], gram, sparsity, pattern=pattern, masks=masks, **constants)[0]
+    return prune_weights([weight], gram, sparsity, masks=masks, **kw)[0]
 
 
 def prune_weights(
@@ -109,12 +103,13 @@ def prune_weights(
     W0 = torch.cat([weight.float() for weight in weights]) * norm  # (rows, in)
     B = W0 @ A
     mask = torch.cat(masks) if masks else None
+    identity = torch.eye(len(A), device=A.device)
 
     Z, U = W0, torch.zeros_like(W0)
     penalties = [rho[step * len(rho) // iterations] for step in range(iterations)]
     for step, penalty in enumerate(penalties):
         if step == 0 or penalty != penalties[step - 1]:
-            inverse = inverse_of_spd(A + penalty * torch.eye(len(A), device=A.device))
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(A + penalty * identity))
             U *= penalties[step - 1] / penalty  # rho U, the unscaled dual, is what must stay
         W = (B + penalty * (Z - U)) @ inverse
         V = W + U
@@ -133,11 +128,6 @@ def feature_norms(gram: Tensor) -> Tensor:
     its weights are the first to go, and yet one to divide by."""
     norm = gram.diagonal().sqrt()
     return norm.clamp(min=1e-8 * float(norm.max()) or 1.0)
-
-
-def inverse_of_spd(A: Tensor) -> Tensor:
-    """The inverse of a symmetric positive definite matrix, from its Cholesky factor."""
-    return torch.cholesky_inverse(torch.linalg.cholesky(A))
 
 
 def select_mask(score: Tensor, sparsity: float, group: tuple[int, int] | None = None) -> Tensor:
@@ -488,16 +478,10 @@ class Record:
 
 
 def prune_model(
-    model: nn.Module,
-    tokens: Tensor,
-    sparsity: float | None = None,
-    *,
-    pattern: str | None = None,
-    method: str = "admm-grad",
-    device: torch.device | str | None = None,
-    clock: Clock | None = None,
-    **constants,
-) -> list[Record]:
+    model: nn.Module, tokens: Tensor, sparsity: float | None = None, *, pattern: str | None = None,
+    method: str = "admm-grad", device: torch.device | str | None = None,
+    clock: Clock | None = None, **constants,
+) -> list[Record]:  # fmt: skip
     """Prunes every linear layer inside the decoder blocks of a causal LM, in place.
 
     Block by block, the calibration set runs through the dense block while its Gram matrices are
@@ -536,8 +520,7 @@ def prune_model(
                 before = clock.seconds["solve"]
                 with clock("solve"), explain(paths[linears[names[0]]], ValueError):
                     pruned = prune_by(method, weights, gram, sparsity, pattern, **constants)
-                    errors = map(reconstruction_error, weights, pruned, repeat(gram))
-                    errors = list(errors)
+                    errors = list(map(reconstruction_error, weights, pruned, repeat(gram)))
                 seconds = (clock.seconds["solve"] - before) / len(names)
                 for name, weight, new, error in zip(names, weights, pruned, errors, strict=True):
                     weight.copy_(new)
@@ -643,13 +626,13 @@ def load_config_and_tokenizer(model: str):
 def load_model(model: str, dtype: str, device: torch.device) -> nn.Module:
     """The causal LM, on the host, to be run on `device`; the weights of a GGUF are dequantised."""
     where = locate(model)
-    if gguf := where.get("gguf_file"):
+    gguf = where.get("gguf_file")
+    if gguf and hasattr(transformers, "GgufConfig"):  # releases without it always dequantise
         where["quantization_config"] = transformers.GgufConfig(gguf, dequantize=True)
     with explain(f"cannot load {model}"):
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
     if gguf:
-        del loaded.config.quantization_config  # plain weights from here on
-        loaded.hf_quantizer = None
+        loaded.hf_quantizer = None  # plain weights from here on
     if loaded.dtype == torch.float16 and device.type == "cpu":
         print("float16 is very slow on a CPU: computing and saving in float32")
         loaded.float()
@@ -679,14 +662,6 @@ def summarise(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def check_folder(folder: Path) -> None:
-    """Raises a ValueError unless `save` could make this folder."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder: choose another --save")
-    if not os.access(folder.absolute().parent, os.W_OK):
-        raise ValueError(f"{folder.absolute().parent} is not a folder to write into")
-
-
 def save(folder: Path, model: nn.Module, tokenizer, report: dict) -> None:
     """Writes the model, the tokenizer and the report: all of it or nothing."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -708,7 +683,10 @@ def prune(args: argparse.Namespace) -> None:
     amount = args.pattern.replace(":", "of") if args.pattern else f"{sparsity:g}"
     stem = Path(args.model).name.removesuffix(".gguf")
     folder = args.save or Path(f"{stem}-{args.method}-{amount}")
-    check_folder(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder: choose another --save")
+    if not os.access(folder.absolute().parent, os.W_OK):
+        raise ValueError(f"{folder.absolute().parent} is not a folder to write into")
     device = load_device(args.device)
     config, tokenizer = load_config_and_tokenizer(args.model)
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -744,7 +722,8 @@ def prune(args: argparse.Namespace) -> None:
         "not_pruned": dense,
         "linears": [asdict(record) for record in records],
     }
-    save(folder, model, tokenizer, report)
+    with explain(f"cannot write {folder}"):
+        save(folder, model, tokenizer, report)
     print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
 
 

