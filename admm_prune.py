@@ -27,7 +27,7 @@ import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain, islice, repeat
+from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 
 import datasets
@@ -96,21 +96,22 @@ def prune_weights(
         raise ValueError(f"mask_iterations must be 1 to {iterations}, not {mask_iterations}")
     rows = [len(weight) for weight in weights]  # the matrices are solved as one tall matrix
 
-    # Scaled to features of unit norm, one rho suits all of them, and |W0| is Wanda's score.
+    # With features scaled to unit norm, one rho suits all of them, and |Z| is Wanda's score.
     norm = feature_norms(gram)  # (in,)
     A = gram / norm / norm[:, None]  # (in, in)
     A.diagonal().add_(damping)
-    W0 = torch.cat([weight.float() for weight in weights]) * norm  # (rows, in)
-    B = W0 @ A
+    Z = torch.cat([weight.float() for weight in weights]) * norm  # (rows, in), dense at first
+    B = Z @ A
+    U = torch.zeros_like(Z)
     mask = torch.cat(masks) if masks else None
-    identity = torch.eye(len(A), device=A.device)
 
-    Z, U = W0, torch.zeros_like(W0)
     penalties = [rho[step * len(rho) // iterations] for step in range(iterations)]
-    for step, penalty in enumerate(penalties):
-        if step == 0 or penalty != penalties[step - 1]:
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(A + penalty * identity))
-            U *= penalties[step - 1] / penalty  # rho U, the unscaled dual, is what must stay
+    for step, (last, penalty) in enumerate(pairwise([0.0, *penalties])):
+        if penalty != last:
+            A.diagonal().add_(penalty - last)  # now A + rho I
+            inverse = torch.linalg.cholesky(A)
+            inverse = torch.cholesky_inverse(inverse)  # under one name, to hold one at a time
+            U *= last / penalty  # what must stay is rho U, the unscaled dual
         W = (B + penalty * (Z - U)) @ inverse
         V = W + U
         if not masks and (step < mask_iterations or not freeze_mask):
@@ -662,13 +663,18 @@ def summarise(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
+def write_report(folder: Path, report: dict) -> None:
+    text = json.dumps(report, indent=2, default=str)
+    (folder / "pruning_report.json").write_text(text, encoding="utf-8")
+
+
 def save(folder: Path, model: nn.Module, tokenizer, report: dict) -> None:
     """Writes the model, the tokenizer and the report: all of it or nothing."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
+        write_report(partial, report)
         partial.rename(folder)  # takes the place of an empty folder, never of a full one
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -681,7 +687,7 @@ def prune(args: argparse.Namespace) -> None:
 
     sparsity = check_sparsity(args.sparsity, parse_pattern(args.pattern))
     amount = args.pattern.replace(":", "of") if args.pattern else f"{sparsity:g}"
-    stem = Path(args.model).name.removesuffix(".gguf")
+    stem = Path(args.model).resolve().name.removesuffix(".gguf")
     folder = args.save or Path(f"{stem}-{args.method}-{amount}")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: choose another --save")
@@ -710,20 +716,20 @@ def prune(args: argparse.Namespace) -> None:
         print(f"not pruned: {name}, {share:.1%} of the parameters in the blocks")
     times = ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items())
     print(f"{times}; peak memory {peak:.2f} GiB")
-    ppl = eval_ppl.perplexity(model, windows, device) if args.eval else None
-    if args.eval:
-        print(f"perplexity {ppl:.3f} on {args.eval}")
     report = {
         "settings": vars(args),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "seconds": seconds,
         "peak_memory_gib": peak,
-        "perplexity": ppl,
         "not_pruned": dense,
         "linears": [asdict(record) for record in records],
     }
     with explain(f"cannot write {folder}"):
         save(folder, model, tokenizer, report)
+    if args.eval:
+        report["perplexity"] = eval_ppl.perplexity(model, windows, device)
+        write_report(folder, report)
+        print(f"perplexity {report['perplexity']:.3f} on {args.eval}")
     print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
 
 
@@ -782,7 +788,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"admm_prune.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("admm_prune.py: interrupted, nothing was written")
+        sys.exit("admm_prune.py: interrupted")
 
 
 if __name__ == "__main__":

@@ -541,7 +541,7 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
 def test_nothing_is_left_of_a_run_that_ends_while_saving(folder, tmp_path, monkeypatch, failure):
-    def fail(*_):
+    def fail(*_, **__):
         raise failure("no space left")
 
     monkeypatch.chdir(tmp_path)
