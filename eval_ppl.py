@@ -29,22 +29,21 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
     Args:
         model: a Hugging Face decoder-only model, on the host; a block at a time visits `device`.
         tokens: (windows, seqlen) int64.
-        device: where the blocks run; default `admm_prune.default_device()`.
+        device: where the blocks run; default as in `find_device`.
 
     Raises:
         ValueError: a window's likelihood is NaN or infinite.
     """
-    device = torch.device(device or ap.default_device())
+    device = ap.find_device(device)
     losses = []
     with ap.BlockRunner(model, tokens, device) as runner:
         for index in runner.visit(tqdm(runner.blocks, "perplexity", unit="block", disable=None)):
             runner.run(index, keep=True)
-        for windows, logits in runner.logits():
-            for window, scores in zip(windows, logits, strict=True):  # (seqlen,), (seqlen, vocab)
-                loss = F.cross_entropy(scores[:-1].float(), window[1:].to(device))
-                if not loss.isfinite():
-                    raise ValueError(f"window {len(losses)} has a loss of {loss.item()}")
-                losses.append(loss.item())
+        for row, window in enumerate(tokens.to(device)):  # (seqlen,)
+            loss = F.cross_entropy(runner.logits(row)[:-1].float(), window[1:])
+            if not loss.isfinite():
+                raise ValueError(f"window {row} has a loss of {loss.item()}")
+            losses.append(loss.item())
     return math.exp(sum(losses) / len(losses))
 
 
@@ -80,18 +79,25 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--limit", type=int, help="the first so many windows only")
     parser.add_argument("--device", help="default: cuda, then mps, then cpu")
-    parser.add_argument("--dtype", default="auto", help="default: the checkpoint's")
+    parser.add_argument(
+        "--dtype", choices=ap.DTYPES, default="auto", help="default: the checkpoint's"
+    )
     args = parser.parse_args()
+    if args.seqlen < 2 or (args.limit is not None and args.limit < 1):
+        parser.error("--seqlen must be at least 2 and --limit at least 1")
     began = time.perf_counter()
     try:
-        device = ap.load_device(args.device)
-        _, tokenizer = ap.load_config_and_tokenizer(args.model)
-        windows = load_windows(args.dataset, tokenizer, args.seqlen, args.limit)
+        device = ap.find_device(args.device)
+        config, tokenizer = ap.load_config_and_tokenizer(args.model)
+        seqlen = ap.cap_seqlen(args.seqlen, config)
+        windows = load_windows(args.dataset, tokenizer, seqlen, args.limit)
         result = perplexity(ap.load_model(args.model, args.dtype, device), windows, device)
     except ValueError as error:
         sys.exit(f"eval_ppl.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("eval_ppl.py: interrupted")
     print(
-        f"perplexity {result:.3f} on {args.dataset}: {len(windows)} windows of {args.seqlen}, "
+        f"perplexity {result:.3f} on {args.dataset}: {len(windows)} windows of {seqlen}, "
         f"{windows.numel()} tokens, {time.perf_counter() - began:.0f} s"
     )
 
