@@ -66,7 +66,7 @@ def prune_weights(
     pattern: str | None = None,
     masks: list[Tensor] | None = None,
     damping: float = 0.1,
-    rho: tuple[float, ...] = (0.2, 0.3, 0.45, 0.67, 1.0),
+    rho: float | tuple[float, ...] = (0.2, 0.3, 0.45, 0.67, 1.0),
     iterations: int = 20,
     mask_iterations: int = 4,
     freeze_mask: bool = False,
@@ -83,7 +83,7 @@ def prune_weights(
         masks: fixed supports (True = keep), a mask of its shape for each weight: only the values
             are updated, and sparsity and pattern do not count.
         damping: added to the unit diagonal of the scaled Gram matrix.
-        rho: the ADMM penalties, each held for an equal share of the iterations.
+        rho: the ADMM penalty, or several, each held for an equal share of the iterations.
         iterations: updates of W, Z and U.
         mask_iterations: iterations until the mask has reached its sparsity (T in the paper).
         freeze_mask: keep that mask from then on, instead of selecting it anew to the end.
@@ -96,8 +96,13 @@ def prune_weights(
     """
     group = parse_pattern(pattern)
     sparsity = check_arguments(weights, gram, sparsity, group, masks)
-    if not masks and not 1 <= mask_iterations <= iterations:
-        raise ValueError(f"mask_iterations must be 1 to {iterations}, not {mask_iterations}")
+    rho = (rho,) if isinstance(rho, (int, float)) else rho
+    if damping < 0 or not rho or min(rho) <= 0:
+        raise ValueError(f"damping must not be negative, rho positive: not {damping} and {rho}")
+    if iterations < 1 or not (masks or 1 <= mask_iterations <= iterations):
+        raise ValueError(
+            f"{iterations} iterations do not go with {mask_iterations} mask_iterations"
+        )
     rows = [len(weight) for weight in weights]  # the matrices are solved as one tall matrix
 
     # With features scaled to unit norm, one rho suits all of them, and |Z| is Wanda's score.
@@ -627,8 +632,10 @@ def dense_weights(model: nn.Module) -> dict[str, float]:
 def find_device(name: torch.device | str | None = None) -> torch.device:
     """The device of that name, known to work; by default CUDA, then Apple's MPS, then the CPU."""
     name = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with explain(f"cannot use the device {name}"):
+    try:
         return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch names every backend that it knows
+        raise ValueError(f"cannot use the device {name}: try cuda, mps or cpu") from error
 
 
 def peak_memory(device: torch.device) -> float:
@@ -664,6 +671,9 @@ def locate(model: str) -> dict:
 def load_config_and_tokenizer(model: str):
     """The config, checked to be of a model that can be pruned, and the tokenizer."""
     where = locate(model)
+    if model.startswith((".", "/", "~")) or "gguf_file" in where:
+        if not (Path(model) / "config.json").is_file() and not Path(model).is_file():
+            raise ValueError(f"{model} is neither a model folder with a config.json nor a file")
     missing = [p for p in ("gguf", "accelerate") if not importlib.util.find_spec(p)]
     if "gguf_file" in where and missing:
         raise ValueError(f"to load {model}: pip install {' '.join(missing)}")
@@ -832,7 +842,9 @@ def main() -> None:
     add("--device", help="default: cuda, then mps, then cpu")
     add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's")
     add("--save", type=Path, metavar="DIR", help="default: named by model, method and sparsity")
-    eval_help = "perplexity afterwards, on wikitext2 (default), c4 or a text file"
+    eval_help = (
+        "perplexity afterwards, of --seqlen tokens of wikitext2 (default), c4 or a text file"
+    )
     add("--eval", nargs="?", const="wikitext2", metavar="TEXT", help=eval_help)
     args = parser.parse_args()
     if bool(args.model) == args.demo:

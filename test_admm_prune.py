@@ -87,7 +87,7 @@ def own_perplexity(model, tokens):
 def test_fixed_mask_converges_to_least_squares_on_the_support(damping):
     W, X = make_layer()
     mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) > 0.5
-    pruned = ap.prune_weight(W, X.T @ X, mask=mask, damping=damping, rho=(0.1,), iterations=3000)
+    pruned = ap.prune_weight(W, X.T @ X, mask=mask, damping=damping, rho=0.1, iterations=3000)
     assert (pruned[~mask] == 0).all()
     X64 = X.double()  # damping adds one row for each feature, in proportion to its norm
     X64 = torch.cat([X64, torch.diag(math.sqrt(damping) * X64.norm(dim=0))])
@@ -270,7 +270,11 @@ def test_half_precision_weights(dtype):
         (dict(pattern="2x4"), "must be N:M with 0 < N < M"),
         (dict(pattern="2:4", sparsity=0.6), "2:4 is sparsity 0.5"),
         (dict(mask=torch.ones(24, 39, dtype=torch.bool)), "a mask (24, 39) does not fit"),
-        (dict(mask_iterations=21), "mask_iterations must be 1 to 20"),
+        (dict(mask_iterations=21), "20 iterations do not go with 21 mask_iterations"),
+        (dict(iterations=0), "0 iterations"),
+        (dict(damping=-1.0), "damping must not be negative"),
+        (dict(rho=0.0), "rho positive"),
+        (dict(rho=()), "rho positive"),
     ],
 )
 def test_arguments_that_do_not_fit(change, message):
@@ -557,7 +561,8 @@ def test_command_line_in_a_process_of_its_own(folder, tmp_path):
         (["--save", "calibration.txt/out"], "is not a folder to write into"),
         (["--device", "nonsense"], "cannot use the device nonsense"),
         (["--dtype", "nonsense"], 2),
-        (["--model", "missing.gguf"], "missing.gguf"),
+        (["--model", "missing.gguf"], "missing.gguf is neither a model folder"),
+        (["--model", "./missing"], "./missing is neither a model folder"),
         (["--model", "encoder-decoder"], "this is an encoder-decoder model"),
         (["--model", "quantised"], "this model is quantised"),
         (["--nsamples", "0"], 2),
