@@ -168,9 +168,9 @@ def select_mask(score: Tensor, sparsity: float, group: tuple[int, int] | None = 
 
 
 def kth_smallest(score: Tensor, k: int) -> Tensor:
-    """The k-th smallest, from 1, of float32 values (n,) that are not negative. Exact, and ten times
-    as fast as `kthvalue` or `topk` over all of them: such floats sort as their bits do, so counts
-    of the upper 16 bits tell which bucket to search."""
+    """The k-th smallest, from 1, of float32 values (n,) that are not negative. Exact, and on a CPU
+    ten times as fast as `kthvalue` or `topk` over all of them: such floats sort as their bits do,
+    so counts of the upper 16 bits tell which bucket to search."""
     buckets = score.view(torch.int32) >> 16
     counts = torch.bincount(buckets, minlength=1 << 15).cumsum(0)
     bucket = int(torch.searchsorted(counts, k))
@@ -409,7 +409,7 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight as (out_features, in_features), to read and to write; Conv1D stores it so."""
+    """The weight as (out_features, in_features), a view to read and write; Conv1D stores it transposed."""
     return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
 
 
@@ -720,6 +720,7 @@ def summarise(records: list[Record]) -> str:
 
 
 def write_report(folder: Path, report: dict) -> None:
+    """Writes pruning_report.json; devices and paths become strings."""
     text = json.dumps(report, indent=2, default=str)
     (folder / "pruning_report.json").write_text(text, encoding="utf-8")
 
