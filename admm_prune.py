@@ -409,7 +409,7 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight as (out_features, in_features), a view to read and write; Conv1D stores it transposed."""
+    """The weight as an (out_features, in_features) view; Conv1D stores it transposed."""
     return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
 
 
