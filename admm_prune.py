@@ -2,6 +2,7 @@
 
     python admm_prune.py --model facebook/opt-6.7b --sparsity 0.5
     python admm_prune.py --model meta-llama/Llama-2-7b-hf --pattern 2:4 --save llama-2-7b-2of4
+    torchrun --nproc-per-node 8 admm_prune.py --model meta-llama/Llama-2-70b-hf   # several GPUs
     python admm_prune.py --demo --sparsity 0.6      # a small real LLaMA, no model hub needed
 
 Each linear layer with weight W and calibration inputs X gets a sparse W' that minimises
@@ -11,30 +12,36 @@ Each linear layer with weight W and calibration inputs X gets a sparse W' that m
 after "Fast and Effective Weight Update for Pruned Large Language Models" (Vladimír Boža, TMLR
 2024, arXiv 2401.02938). The file reads in the order of the method: the solver (pure functions of
 tensors that need torch alone, made to be copied), calibration text, the walk over the model's
-decoder blocks, and the command line.
+decoder blocks, and the command line. Run again, an interrupted command goes on where it was.
 """
 
 import argparse
 import copy
 import functools
+import hashlib
 import importlib.util
 import json
-import math
 import os
 import re
 import shutil
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain, islice, pairwise, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
+from statistics import fmean
 
 import datasets
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -59,18 +66,11 @@ def prune_weight(
 
 @torch.no_grad()
 def prune_weights(
-    weights: list[Tensor],
-    gram: Tensor,
-    sparsity: float | None = None,
-    *,
-    pattern: str | None = None,
-    masks: list[Tensor] | None = None,
-    damping: float = 0.1,
-    rho: float | tuple[float, ...] = (0.2, 0.3, 0.45, 0.67, 1.0),
-    iterations: int = 20,
-    mask_iterations: int = 4,
-    freeze_mask: bool = False,
-) -> list[Tensor]:
+    weights: list[Tensor], gram: Tensor, sparsity: float | None = None, *,
+    pattern: str | None = None, masks: list[Tensor] | None = None, damping: float = 0.1,
+    rho: float | tuple[float, ...] = (0.25, 0.4, 0.63, 1.0), iterations: int = 20,
+    mask_iterations: int = 4, freeze_mask: bool = False,
+) -> list[Tensor]:  # fmt: skip
     """Prunes the weight matrices that share one input with ADMM (paper, sections 3 and 4).
 
     What depends on the input alone, the scaling and the factorisations, is computed once for all.
@@ -105,38 +105,49 @@ def prune_weights(
         )
     rows = [len(weight) for weight in weights]  # the matrices are solved as one tall matrix
 
-    # With features scaled to unit norm, one rho suits all of them, and |Z| is Wanda's score.
+    # With features scaled to unit norm, one rho suits all of them, and |W| is Wanda's score.
     norm = feature_norms(gram)  # (in,)
     A = gram.float() / norm / norm[:, None]  # (in, in)
     A.diagonal().add_(damping)
-    Z = torch.cat([weight.float() for weight in weights]) * norm  # (rows, in), dense at first
-    B = Z @ A
-    U = torch.zeros_like(Z)
+    dense = torch.cat([weight.float() for weight in weights]) * norm  # (rows, in)
+    W, Z, U = dense, dense, torch.zeros_like(dense)
     mask = torch.cat(masks).bool() if masks else None
-
-    penalties = [rho[step * len(rho) // iterations] for step in range(iterations)]
-    for step, (last, penalty) in enumerate(pairwise([0.0, *penalties])):
-        if penalty != last:
-            inverse = None  # frees the last one: these matrices are what takes the most memory
-            A.diagonal().add_(penalty - last)  # now A + rho I
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(A))
-            U *= last / penalty  # what must stay is rho U, the unscaled dual
-        W = (B + penalty * (Z - U)) @ inverse
+    last = 0.0
+    for step in range(iterations):
+        if step:  # W starts as the minimiser, dense
+            penalty = rho[step * len(rho) // iterations]
+            if penalty != last:
+                inverse = None  # frees the last one: these matrices take the most memory
+                A.diagonal().add_(penalty - last)  # now A + rho I
+                inverse = torch.cholesky_inverse(torch.linalg.cholesky(A))
+                U *= (last or penalty) / penalty  # what must stay is rho U, the unscaled dual
+                last = penalty
+            # The paper's (B + rho (Z - U)) (A + rho I)^-1, B = dense A, as a step from `dense`.
+            coarse = step < iterations - 4
+            W = dense + penalty * product(Z - U - dense, inverse, coarse)
         V = W + U
         if not masks and (step < mask_iterations or not freeze_mask):
             progress = min(1.0, (step + 1) / mask_iterations)
             target = sparsity * (1 - (1 - progress) ** 3)
             mask = torch.cat([select_mask(v.abs(), target, group) for v in V.split(rows)])
-        Z = torch.where(mask, V, 0.0)
+        Z = V * mask
         U = V - Z
     pruned = (Z / norm).split(rows)
     return [matrix.to(weight.dtype) for matrix, weight in zip(pruned, weights, strict=True)]
 
 
+def product(a: Tensor, b: Tensor, coarse: bool) -> Tensor:
+    """a @ b in float32; where `coarse`, a GPU multiplies them as bfloat16 on its tensor cores."""
+    if coarse and a.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+    return a @ b
+
+
 def feature_norms(gram: Tensor) -> Tensor:
-    """sqrt(diag(gram)), (in_features,) float32. A feature that was never active gets so small a
-    norm that its weights are the first to go, but one that can be divided by."""
-    norm = gram.diagonal().float().clamp(min=0).sqrt()
+    """sqrt(diag(gram)), (in_features,) float32, of a Gram matrix or of its diagonal alone. For a
+    feature that was never active it is so small that its weights are the first to go, but not 0."""
+    diagonal = gram if gram.ndim == 1 else gram.diagonal()
+    norm = diagonal.float().clamp(min=0).sqrt()
     return norm.clamp(min=1e-8 * float(norm.max()) or 1.0)
 
 
@@ -178,14 +189,25 @@ def kth_smallest(score: Tensor, k: int) -> Tensor:
     return score[buckets == bucket].kthvalue(k - below).values
 
 
-def reconstruction_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
-    """||X W^T - X W'^T||^2 / ||X W^T||^2 = tr(D G D^T) / tr(W G W^T) with D = W - W'.
+def assess(
+    weight: Tensor, pruned: Tensor, gram: Tensor, damping: float = 0.1
+) -> tuple[float, float]:
+    """How good pruned weights are: the reconstruction error and the optimality gap.
 
     Args: `weight` and `pruned` (out_features, in_features), `gram` (in_features, in_features).
+
+    Returns:
+        ||X W^T - X W'^T||^2 / ||X W^T||^2 = tr(D G D^T) / tr(W G W^T) with D = W - W', and how far
+        W' is from the best weights on its own support: the norm of the gradient there of what ADMM
+        minimises (damped, the features scaled), relative to that at W' = 0. At the optimum it is 0.
     """
-    weight, delta, gram = weight.float(), weight.float() - pruned.float(), gram.float()
-    energy = float(((weight @ gram) * weight).sum())
-    return float(((delta @ gram) * delta).sum()) / energy if energy else 0.0
+    weight, gram, norm, kept = weight.float(), gram.float(), feature_norms(gram), pruned != 0
+    energies, gradients = [], []
+    for matrix in (weight - pruned.float(), weight):
+        product = matrix @ gram
+        energies.append(float((product * matrix).sum()))
+        gradients.append(float((product / norm + damping * norm * matrix)[kept].norm()))
+    return tuple(part / whole if whole else 0.0 for part, whole in (energies, gradients))
 
 
 def parse_pattern(pattern: str | None) -> tuple[int, int] | None:
@@ -215,9 +237,9 @@ def check_arguments(
     weights: list[Tensor], gram: Tensor, sparsity: float | None, group: tuple[int, int] | None,
     masks: list[Tensor] | None = None,
 ) -> float:  # fmt: skip
-    """Raises a ValueError for what `prune_weights` cannot work on; returns the sparsity."""
+    """Raises a ValueError for what the solvers cannot work on; returns the sparsity."""
     columns = gram.shape[-1]
-    if gram.shape != (columns, columns):
+    if gram.shape not in ((columns, columns), (columns,)):
         raise ValueError(f"the Gram matrix must be square, not {tuple(gram.shape)}")
     if not gram.isfinite().all():
         raise ValueError("the Gram matrix holds NaN or infinite values: check the activations")
@@ -241,8 +263,9 @@ def prune_by(
     """`prune_weights`, or one of the methods that it is compared with.
 
     "magnitude" and "wanda" zero weights and leave the others as they are, by |W| in the whole
-    matrix and by |W| norm in each row (Sun et al. 2024, equation 1); "admm" takes Wanda's mask and
-    updates the weights on it, which with PAPER's constants is the paper's ADMM1.
+    matrix and by |W| norm in each row (Sun et al. 2024, equation 1), so of `gram` they need but the
+    diagonal, (in_features,); "admm" takes Wanda's mask and updates the weights on it, which with
+    PAPER's constants is the paper's ADMM1.
     """
     if method == "admm-grad":
         return prune_weights(weights, gram, sparsity, pattern=pattern, **constants)
@@ -337,6 +360,9 @@ class BlockRunner:
             tensor.data = tensor.data.to(self.device)
         for index, block in enumerate(self.blocks):
             block.forward = functools.partial(self._forward, index, block.forward)
+        self.experts = self.model.get_experts_implementation()
+        if any(self.experts.values()):  # one product for each expert, which `Capture` can see
+            self.model.set_experts_implementation("eager")
         return self
 
     def __exit__(self, *_):
@@ -344,13 +370,15 @@ class BlockRunner:
             del block.forward  # the class's own is visible again
         for tensor, home in self.homes:
             tensor.data = tensor.data.to(home)
+        if any(self.experts.values()):
+            self.model.set_experts_implementation(self.experts)
 
     def _forward(self, index, forward, *args, **kwargs):
         """Stands in for the forward of block `index`. Its first argument is the hidden states."""
         hidden, *args = args or [kwargs.pop(next(iter(kwargs)))]
         if index == self.wanted:
-            if index > 0:
-                hidden = self.states[self.row].to(self.device, copy=True)  # blocks may write
+            if index > 0:  # a copy, since blocks may write into it
+                hidden = self.states[self.row].to(self.device, non_blocking=True, copy=True)
             output = forward(hidden, *args, **kwargs)
             self.returns_tuple[index] = isinstance(output, tuple)
             raise self.Output(output[0] if self.returns_tuple[index] else output)
@@ -381,7 +409,15 @@ class BlockRunner:
                 self._call(index, row)
             except self.Output as output:
                 if keep:
-                    self.states[row] = output.args[0].to("cpu")
+                    self._keep(row, output.args[0])
+
+    def _keep(self, row: int, state: Tensor) -> None:
+        """Stores a state on the host. Pinned memory lets the GPU copy while the next sequence is
+        prepared; only the GPU reads it again, in the order of its own queue."""
+        if self.states[row] is None:
+            pinned = self.device.type == "cuda"
+            self.states[row] = torch.empty_like(state, device="cpu", pin_memory=pinned)
+        self.states[row].copy_(state, non_blocking=True)
 
     def logits(self, row: int) -> Tensor:
         """The logits (seqlen, vocabulary) of a sequence that has been through all blocks."""
@@ -403,148 +439,230 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
-def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers inside a block by name: nn.Linear, and GPT-2's Conv1D."""
-    return {n: m for n, m in block.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+def find_linears(block: nn.Module) -> dict[str, Tensor]:
+    """The weights of the linear layers inside a block, nn.Linear and GPT-2's transposed Conv1D:
+    name of the layer -> (out_features, in_features) view."""
+    return {
+        name: layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
+        for name, layer in block.named_modules()
+        if isinstance(layer, (nn.Linear, Conv1D))
+    }
 
 
-def weight_of(linear: nn.Module) -> Tensor:
-    """The weight as an (out_features, in_features) view; Conv1D stores it transposed."""
-    return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
+class Capture(TorchFunctionMode):
+    """Gathers the Gram matrices of a block's inputs while it is entered and the block runs.
 
+    It sees each product of an input X with a weight: those of the linear layers, and any slice of a
+    3-D parameter, which is how transformers keeps the experts of a mixture. Which function
+    multiplies tells whether an expert's slice is (out, in) or (in, out).
+    """
 
-def tiles(size: int) -> list[slice]:
-    """Four slices that cover `size` features."""
-    step = -(-size // 4)
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    # function -> whether its second factor is (in, out)
+    PRODUCTS = {F.linear: False, torch.addmm: True, torch.mm: True, torch.bmm: True}
+    PRODUCTS |= {torch.matmul: True, Tensor.matmul: True}
+
+    def __init__(self, block: nn.Module, diagonal: bool, seconds: Counter, device: torch.device):
+        """`diagonal`: gather only the diagonals, which is all that Wanda needs."""
+        self.block, self.diagonal, self.seconds, self.device = block, diagonal, seconds, device
+        self.weights = find_linears(block)  # `groups` adds the experts
+        self.names = {weight.data_ptr(): name for name, weight in self.weights.items()}
+        for stack, p in block.named_parameters():
+            if p.ndim == 3:
+                self.names |= {p[e].data_ptr(): f"{stack}.{e}" for e in range(len(p))}
+        self.latest = {}  # name -> the tensor received last, and its version: it may be changed
+        self.first = {}  # name -> the first of those that receive the same tensors
+        self.stacks = {}  # 3-D parameter -> whether its slices are (in, out)
+        self.tokens, self.mixed, self.grams = Counter(), set(), {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        factors = args[1:3] if func is torch.addmm else args[:2]
+        if func in self.PRODUCTS and len(factors) == 2 and factors[1].data_ptr() in self.names:
+            x, weight = factors
+            if weight.ndim == 2:
+                self._add(x, weight, self.PRODUCTS[func])
+            else:  # each expert is given all tokens, as zeros those that are not routed to it
+                for tokens, matrix in zip(x, weight, strict=True):
+                    self._add(tokens[tokens.any(-1)], matrix, self.PRODUCTS[func])
+        return func(*args, **(kwargs or {}))
+
+    def _zeros(self, columns: int) -> Tensor:
+        shape = columns if self.diagonal else (columns, columns)
+        return torch.zeros(shape, device=self.device)
+
+    def _add(self, x: Tensor, weight: Tensor, transposed: bool) -> None:
+        name = self.names[weight.data_ptr()]
+        if name not in self.weights:
+            self.stacks[name.rpartition(".")[0]] = transposed
+        x, version, columns = x, x._version, x.shape[-1]
+        same = [n for n, latest in self.latest.items() if latest[0] is x and latest[1] == version]
+        if self.first.setdefault(name, same[0] if same else name) == name:
+            self.latest[name] = x, version
+            with timed(self.seconds, "gram", self.device):
+                if name not in self.grams:
+                    self.grams[name] = self._zeros(columns)
+                add_gram(self.grams[name], x.reshape(-1, columns))
+        elif self.first[name] not in same:
+            self.mixed.add(name)
+        self.tokens[name] += x.numel() // columns
+
+    def groups(self) -> dict[tuple[str, ...], Tensor | None]:
+        """The names that share an input, as q, k and v do -> this rank's part of its Gram matrix
+        or diagonal; None for a weight that no token reached on any rank."""
+        for name, first in self.first.items():
+            if name in self.mixed or self.tokens[name] != self.tokens[first]:
+                raise ValueError(f"{name} receives the input of {first} only some of the time")
+        firsts, stacks, tokens = zip(*gather((self.first, self.stacks, self.tokens)), strict=True)
+        first, self.tokens = ChainMap(*firsts), sum(tokens, Counter())
+        for stack, transposed in ChainMap(*stacks).items():
+            for expert, weight in enumerate(self.block.get_parameter(stack).data):
+                self.weights[f"{stack}.{expert}"] = weight.T if transposed else weight
+        members = defaultdict(list)
+        for name in self.weights:
+            members[first.get(name, name)].append(name)
+        for name in members:
+            if name in first and name not in self.grams:
+                self.grams[name] = self._zeros(self.weights[name].shape[1])
+        return {tuple(names): self.grams.pop(name, None) for name, names in members.items()}
 
 
 def add_gram(gram: Tensor, x: Tensor) -> None:
-    """gram += x^T x in float32 for x of shape (..., in_features), but only the tiles on and above
-    the diagonal, in 0.6 of the time: a Gram matrix is symmetric, and `mirror_` completes it."""
-    x = x.reshape(-1, x.shape[-1]).float()
-    for tile in tiles(len(gram)):
-        gram[: tile.stop, tile].addmm_(x[:, : tile.stop].T, x[:, tile])
+    """gram += x^T x as in float32, for x (tokens, in_features). Only the tiles on and above the
+    diagonal are complete, see `complete`; a `gram` that is a vector is the diagonal alone."""
+    if gram.ndim == 1:
+        gram += x.float().square().sum(0)
+    elif x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        # Products of 16-bit floats are exact in float32, in which tensor cores add them up.
+        gram += torch.mm(x.T, x, out_dtype=torch.float32)
+    else:
+        x, step = x.float(), -(-len(gram) // 4)
+        for start in range(0, len(gram), step):  # four tiles: 0.6 of the time of the whole
+            tile = slice(start, start + step)
+            gram[: tile.stop, tile].addmm_(x[:, : tile.stop].T, x[:, tile])
 
 
-def mirror_(gram: Tensor) -> Tensor:
-    """Copies the tiles above the diagonal to those below it."""
-    for tile in tiles(len(gram)):
-        gram[tile, : tile.start] = gram[: tile.start, tile].T
-    return gram
+def complete(gram: Tensor) -> Tensor:
+    """Mirrors, in place, what is above the diagonal."""
+    gram.triu_()
+    return gram.add_(gram.triu(1).T)
 
 
-class Clock:
-    """Adds up the seconds of each stage: `with clock("solve"): ...`. Stages may be nested; time
-    counts for the inner one, and for "other" outside of all."""
-
-    def __init__(self, device: torch.device):
-        self.seconds, self.stage, self.since = Counter(), "other", time.perf_counter()
-        on_cpu = device.type == "cpu"
-        self.wait = (lambda _: None) if on_cpu else torch.accelerator.synchronize
-        self.device = device
-
-    def _switch(self, stage: str) -> str:
-        self.wait(self.device)
-        now = time.perf_counter()
-        self.seconds[self.stage] += now - self.since
-        before, self.stage, self.since = self.stage, stage, now
-        return before
-
-    @contextmanager
-    def __call__(self, stage: str):
-        outer = self._switch(stage)
-        try:
-            yield
-        finally:
-            self._switch(outer)
+@contextmanager
+def timed(seconds: Counter, stage: str, device: torch.device):
+    """Adds the time spent inside to the seconds of the stage."""
+    wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
+    wait()
+    began = time.perf_counter()
+    yield
+    wait()
+    seconds[stage] += time.perf_counter() - began
 
 
-def capture_grams(
-    runner: BlockRunner, index: int, clock: Clock
-) -> dict[tuple[str, ...], Tensor | None]:
-    """Runs block `index` and returns the Gram matrix of each tensor that its linears receive,
-    under the names of these linears: q, k and v receive the same one, so do gate and up. None
-    stands for the Gram matrix of a linear that no token reached."""
-    linears = find_linears(runner.blocks[index])
-    latest = {}  # name -> the tensor received last and its version, which counts in-place changes
-    first = {}  # name -> the first of the linears that receive the same tensors
-    calls, mixed = Counter(), set()
-    grams = {}  # the first's name -> Gram matrix
+def ranks() -> tuple[int, int]:
+    """The rank of this process, and how many there are: (0, 1) unless torchrun started it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    def hook(name, linear, args):
-        x = args[0]
-        same = [n for n, (y, version) in latest.items() if y is x and version == x._version]
-        if first.setdefault(name, same[0] if same else name) == name:
-            latest[name] = x, x._version
-            with clock("gram"):
-                if name not in grams:
-                    grams[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-                add_gram(grams[name], x)
-        elif first[name] not in same:
-            mixed.add(name)
-        calls[name] += 1
 
-    hooks = [m.register_forward_pre_hook(functools.partial(hook, n)) for n, m in linears.items()]
-    try:
-        with clock("forward"):
-            runner.run(index, keep=False)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    for name in first:
-        if name in mixed or calls[name] != calls[first[name]]:
-            raise ValueError(f"{name} receives the input of {first[name]} only some of the time")
-    members = defaultdict(list)
-    for name in linears:
-        members[first.get(name, name)].append(name)
-    return {tuple(members[key]): mirror_(grams[key]) if key in grams else None for key in members}
+def gather(value) -> list:
+    """The value of each rank."""
+    values = [value] * ranks()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 @dataclass
 class Record:
-    """What became of one linear layer."""
+    """What became of one linear layer, or one expert of a 3-D parameter."""
 
     block: int
     name: str  # inside the block
     shape: tuple[int, int]  # (out_features, in_features)
     sparsity: float  # share of zeros
-    error: float | None  # `reconstruction_error`; None: no calibration token came here
+    error: float | None  # reconstruction error and optimality gap, see `assess`;
+    gap: float | None  # None where there is no Gram matrix
+    tokens: int  # calibration tokens that it received
     seconds: float  # of solving; linears that share a Gram matrix share the time evenly
 
 
+def prune_block(
+    runner: BlockRunner, index: int, seconds: Counter, method: str, **how
+) -> list[Record]:
+    """Prunes, in place, the linears of block `index`; the ranks share the work."""
+    diagonal, (rank, world) = method in ("wanda", "magnitude"), ranks()
+    capture = Capture(runner.blocks[index], diagonal, seconds, runner.device)
+    with timed(seconds, "forward", runner.device), capture:
+        runner.run(index, keep=False)
+    grams, weights = capture.groups(), capture.weights
+
+    def cost(names: tuple[str, ...]) -> int:  # of the factorisations and of the iterations
+        columns = weights[names[0]].shape[1]
+        return columns**2 * (columns + 2 * sum(len(weights[name]) for name in names))
+
+    owners, load = {}, [0] * world
+    for names in sorted(grams, key=cost, reverse=True):
+        owners[names] = load.index(min(load))
+        load[owners[names]] += cost(names)
+        if world > 1 and grams[names] is not None:
+            dist.reduce(grams[names], owners[names])
+    records = []
+    with timed(seconds, "solve", runner.device):
+        for names in list(grams):
+            gram, began = grams.pop(names), time.perf_counter()
+            if owners[names] != rank:
+                continue
+            mine = [weights[name] for name in names]
+            with explain(f"block {index}, {names[0]}", ValueError):
+                results = prune_group(mine, gram, method, **how)
+            share = (time.perf_counter() - began) / len(names)
+            for name, weight, (error, gap) in zip(names, mine, results, strict=True):
+                zeros, tokens = int((weight == 0).sum()) / weight.numel(), capture.tokens[name]
+                shape = tuple(weight.shape)
+                records.append(Record(index, name, shape, zeros, error, gap, tokens, share))
+        if world > 1:
+            for name, owner in ((name, owners[names]) for names in owners for name in names):
+                weight = weights[name].contiguous()
+                dist.broadcast(weight, owner)
+                weights[name].copy_(weight)
+    place = {name: position for position, name in enumerate(weights)}
+    return sorted(chain(*gather(records)), key=lambda record: place[record.name])
+
+
 def prune_group(
-    linears: dict[str, nn.Module], gram: Tensor | None, method: str, **how
-) -> list[tuple[Tensor, float | None]]:
-    """Prunes, in place, linears that share a Gram matrix; returns (weight, error) of each."""
-    weights = [weight_of(linear) for linear in linears.values()]
-    columns = weights[0].shape[1]
-    known = torch.zeros(columns, columns, device=weights[0].device) if gram is None else gram
-    results = []
-    for weight, pruned in zip(weights, prune_by(method, weights, known, **how), strict=True):
-        error = None if gram is None else reconstruction_error(weight, pruned, gram)
-        results.append((weight.copy_(pruned), error))
+    weights: list[Tensor], gram: Tensor | None, method: str, **how
+) -> list[tuple[float | None, float | None]]:
+    """Prunes, in place, the weights that share an input; returns error and gap of each."""
+    if gram is None:  # nothing is known of their inputs
+        method, gram = "magnitude", torch.zeros(weights[0].shape[1])
+    elif gram.ndim == 2:
+        complete(gram)
+    known, damping, results = gram.ndim == 2, how.get("damping", 0.1), []
+    for weight, pruned in zip(weights, prune_by(method, weights, gram, **how), strict=True):
+        results.append(assess(weight, pruned, gram, damping) if known else (None, None))
+        weight.copy_(pruned)
     return results
 
 
 def prune_model(
     model: nn.Module, tokens: Tensor, sparsity: float | None = None, *, pattern: str | None = None,
-    method: str = "admm-grad", device: torch.device | str | None = None,
-    clock: Clock | None = None, **constants,
+    method: str = "admm-grad", slope: float = 0.0, device: torch.device | str | None = None,
+    seconds: Counter | None = None, partial: Path | None = None, **constants,
 ) -> list[Record]:  # fmt: skip
     """Prunes every linear layer inside the decoder blocks of a causal LM, in place.
 
     Block by block, the calibration set runs through the dense block while its Gram matrices are
     gathered, its linears are pruned, and the set runs through the pruned block to become the next
-    block's inputs. Embeddings and LM head stay dense.
+    block's inputs. Embeddings and LM head stay dense. Where torch.distributed is initialised, each
+    rank runs its share of the sequences and solves its share of the linears.
 
     Args:
         model: a Hugging Face decoder-only model on the host; its blocks visit `device` in turn.
-        tokens: calibration tokens, (nsamples, seqlen) int64.
+        tokens: calibration tokens, (nsamples, seqlen) int64, the same on all ranks.
         sparsity, pattern, constants: as for `prune_weights`, for example `**PAPER`.
         method: one of METHODS, see `prune_by`.
+        slope: the sparsity rises by so much from the first block to the last; the mean stays.
         device: where the blocks run and are solved; default as in `find_device`.
-        clock: gathers the seconds of the stages "forward", "gram" and "solve".
+        seconds: gathers those of the stages "forward", "gram" (a part of it) and "solve".
+        partial: a folder that keeps each finished block; the same call again goes on from there.
 
     Returns:
         A record for each linear.
@@ -553,37 +671,46 @@ def prune_model(
         ValueError: an argument or the model does not fit (before any work starts), or a layer's
             activations are not finite (the message names the layer).
     """
-    device = find_device(device)
-    clock = clock or Clock(device)
-    check_model(model, sparsity, pattern, method)
-    how = dict(method=method, sparsity=sparsity, pattern=pattern, **constants)
-    paths = {module: name for name, module in model.named_modules()}
+    device, (rank, world) = find_device(device), ranks()
+    seconds = Counter() if seconds is None else seconds
+    check_model(model, sparsity, pattern, method, slope, tokens)
+    sparsity = check_sparsity(sparsity, parse_pattern(pattern))
+    settings = dict(method=method, sparsity=sparsity, pattern=pattern, slope=slope, **constants)
+    settings |= dict(tokens=digest([tokens], 1), model=digest(model.parameters()))
+    finished = gather(find_finished(partial, settings) if partial else set())[0]
+    how = dict(method=method, pattern=pattern, **constants)
+    # Magnitude needs no inputs: one sequence, to see how the experts are multiplied.
+    tokens = tokens[rank::world] if method != "magnitude" else tokens[:1]
     records = []
     with BlockRunner(model, tokens, device) as runner:
-        bar = tqdm(runner.blocks, method, unit="block", disable=None)
+        depth = len(runner.blocks)
+        ends = sparsity - slope / 2, sparsity + slope / 2
+        targets = torch.linspace(*ends, depth, dtype=torch.float64).tolist()
+        bar = tqdm(runner.blocks, method, unit="block", disable=rank > 0 or None)
         for index in runner.visit(bar):
-            block = runner.blocks[index]
-            grams = capture_grams(runner, index, clock)
-            for names in list(grams):
-                linears = {name: block.get_submodule(name) for name in names}
-                before = clock.seconds["solve"]
-                with clock("solve"), explain(f"{paths[block]}.{names[0]}", ValueError):
-                    results = prune_group(linears, grams.pop(names), **how)  # and frees the Gram
-                seconds = (clock.seconds["solve"] - before) / len(names)
-                for name, (weight, error) in zip(names, results, strict=True):
-                    zeros = int((weight == 0).sum()) / weight.numel()
-                    records.append(Record(index, name, tuple(weight.shape), zeros, error, seconds))
-                    memory = peak_memory(device)
-                    bar.set_postfix_str(f"{name} error {error or 0:.4f}, peak {memory:.1f} GiB")
-                del results, weight
-            if index + 1 < len(runner.blocks):
-                with clock("forward"):
+            block, path = runner.blocks[index], partial and partial / f"{index:04}.safetensors"
+            if index in finished:
+                records += load_block(path, block) if rank == 0 else []
+                for tensor in tensors_of(block) if world > 1 else ():
+                    dist.broadcast(tensor.data, 0)
+            else:
+                target = None if pattern else targets[index]
+                pruned = prune_block(runner, index, seconds, sparsity=target, **how)
+                if path and rank == 0:
+                    save_block(path, block, pruned, settings)
+                records += pruned
+            errors = [r.error for r in records if r.block == index and r.error is not None]
+            error = f"error {fmean(errors):.4f}, " if errors else ""
+            bar.set_postfix_str(f"{error}peak {peak_memory(device):.1f} GiB")
+            if index + 1 < depth:
+                with timed(seconds, "forward", device):
                     runner.run(index, keep=True)
     return records
 
 
-def check_model(model: nn.Module, sparsity, pattern, method) -> None:
-    """Raises a ValueError for what `prune_model` would otherwise fail at halfway."""
+def check_model(model: nn.Module, sparsity, pattern, method, slope, tokens) -> None:
+    """Raises a ValueError for what `prune_model` would otherwise fail at halfway. The weights of a
+    model on the meta device are not looked at."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     check_config(model.config)
@@ -591,12 +718,15 @@ def check_model(model: nn.Module, sparsity, pattern, method) -> None:
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layers inside its blocks")
     group = parse_pattern(pattern)
-    check_sparsity(sparsity, group)
-    for name, linear in linears.items():
-        columns = weight_of(linear).shape[1]
-        if group and columns % group[1]:
-            raise ValueError(f"{name} has {columns} inputs, not a multiple of {group[1]}")
-        if not linear.weight.isfinite().all():
+    sparsity = check_sparsity(sparsity, group)
+    if slope and (group or not abs(slope) / 2 <= sparsity < 1 - abs(slope) / 2):
+        raise ValueError(f"slope {slope:g} needs a sparsity that stays in [0, 1), and no pattern")
+    if len(tokens) < ranks()[1]:
+        raise ValueError(f"{len(tokens)} calibration sequences are too few for {ranks()[1]} ranks")
+    for name, weight in linears.items():
+        if group and weight.shape[1] % group[1]:
+            raise ValueError(f"{name} has {weight.shape[1]} inputs, not a multiple of {group[1]}")
+        if not weight.is_meta and not weight.isfinite().all():
             raise ValueError(f"the weight of {name} holds NaN or infinite values")
 
 
@@ -608,20 +738,64 @@ def check_config(config) -> None:
         raise ValueError("this model is quantised: prune the original and quantise the result")
 
 
+def digest(tensors, stride: int = 1009) -> str:
+    """A fingerprint of some of the values of each tensor."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().flatten()[::stride].double().cpu().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def save_block(path: Path, block: nn.Module, records: list[Record], settings: dict) -> None:
+    """Writes a finished block: the whole file or nothing, wherever the process is killed."""
+    path.parent.mkdir(exist_ok=True)
+    notes = {"settings": settings, "records": [asdict(record) for record in records]}
+    state = {name: tensor.contiguous() for name, tensor in block.state_dict().items()}
+    save_file(state, path.with_suffix(".tmp"), {key: json.dumps(notes[key]) for key in notes})
+    path.with_suffix(".tmp").replace(path)
+
+
+def load_block(path: Path, block: nn.Module) -> list[Record]:
+    """Puts the saved weights into the block, and returns its records."""
+    block.load_state_dict(load_file(path))
+    return [Record(**record) for record in read_note(path, "records")]
+
+
+def read_note(path: Path, key: str):
+    """What `save_block` noted under "settings" or "records"."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()[key])
+
+
+def find_finished(partial: Path, settings: dict) -> set[int]:
+    """The blocks that an interrupted run with the same settings has left."""
+    settings = json.loads(json.dumps(settings))
+    paths = sorted(partial.glob("*.safetensors"))
+    for path in paths[:1]:
+        noted = read_note(path, "settings")
+        other = [key for key in {**noted, **settings} if noted.get(key) != settings.get(key)]
+        if other:
+            raise ValueError(
+                f"{partial} holds blocks of a run with other {', '.join(other)}: "
+                "delete it or choose another --save"
+            )
+    return {int(path.stem) for path in paths}
+
+
 def kind_of(name: str) -> str:
     """The name with * for each index in it: what is the same in all blocks, or all experts."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def dense_weights(model: nn.Module) -> dict[str, float]:
-    """The weight matrices inside the blocks that are not pruned, such as experts fused into one
-    3-D parameter: kind -> its share of all the blocks' parameters."""
+def dense_weights(model: nn.Module, records: list[Record]) -> dict[str, float]:
+    """The weight matrices inside the blocks that were not pruned, such as routers or convolutions:
+    kind -> its share of all the blocks' parameters."""
     blocks = find_blocks(model)
-    pruned = {id(linear.weight) for linear in find_linears(blocks).values()}
+    pruned = {f"{record.block}.{record.name}" for record in records}
     total = sum(p.numel() for p in blocks.parameters())
     shares = Counter()
     for name, p in blocks.named_parameters():
-        if p.ndim > 1 and id(p) not in pruned:
+        if p.ndim > 1 and not {name.removesuffix(".weight"), f"{name}.0"} & pruned:
             shares[kind_of(name)] += p.numel() / total
     return dict(shares)
 
@@ -630,8 +804,11 @@ def dense_weights(model: nn.Module) -> dict[str, float]:
 
 
 def find_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of that name, known to work; by default CUDA, then Apple's MPS, then the CPU."""
+    """The device of that name, known to work; by default CUDA, then Apple's MPS, then the CPU, and
+    under torchrun the one of this rank."""
     name = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    if str(name) == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch names every backend that it knows
@@ -684,6 +861,19 @@ def load_config_and_tokenizer(model: str):
     return config, tokenizer
 
 
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no instructions for the dtype, and computes many times slower than in
+    float32."""
+
+    def seconds(matrix: Tensor) -> float:
+        began = time.perf_counter()
+        matrix @ matrix
+        return time.perf_counter() - began
+
+    half, single = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512)
+    return min(seconds(half) for _ in range(3)) > 3 * min(seconds(single) for _ in range(3))
+
+
 def load_model(model: str, dtype: str, device: torch.device) -> nn.Module:
     """The causal LM, on the host, to be run on `device`; the weights of a GGUF are dequantised."""
     where = locate(model)
@@ -694,10 +884,26 @@ def load_model(model: str, dtype: str, device: torch.device) -> nn.Module:
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
     if gguf:
         loaded.hf_quantizer = None  # plain weights from here on
-    if loaded.dtype == torch.float16 and device.type == "cpu":
-        print("float16 is very slow on a CPU: computing and saving in float32")
+    if device.type == "cpu" and is_slow(loaded.dtype):
+        print(f"{loaded.dtype} is very slow on this CPU: computing and saving in float32")
         loaded.float()
     return loaded
+
+
+def check_room(model: nn.Module, tokens: Tensor, folder: Path) -> None:
+    """Raises a ValueError if `model`, itself on the meta device, needs more than there is of host
+    memory (each rank holds the weights) or of disk (twice, while finished blocks remain)."""
+    weights = sum(tensor.nbytes for tensor in tensors_of(model)) / 2**30
+    width = model.config.get_text_config(decoder=True).hidden_size
+    states = tokens.numel() * width * model.dtype.itemsize / 2**30
+    needed = weights * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + states
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        if needed > memory:
+            raise ValueError(f"needs {needed:.1f} GiB of host memory, but there are {memory:.1f}")
+    disk = shutil.disk_usage(folder.parent).free / 2**30
+    if 2 * weights > disk:
+        raise ValueError(f"needs {2 * weights:.1f} GiB in {folder.parent}, but {disk:.1f} are free")
 
 
 def summarise(records: list[Record]) -> str:
@@ -705,37 +911,47 @@ def summarise(records: list[Record]) -> str:
     kinds = defaultdict(list)
     for record in records:
         kinds[kind_of(record.name)].append(record)
-    lines = [f"{'linear':28} {'shape':>13} {'sparsity':>8} {'error':>7}  over depth"]
+    lines = [f"{'linear':28} {'shape':>13} {'sparsity':>8} {'error':>7} {'gap':>7}  error by depth"]
     for kind, rows in kinds.items():
-        errors = [row.error for row in rows if row.error is not None] or [math.nan]
-        low, span = min(errors), max(errors) - min(errors) or 1.0
-        bars = "".join("▁▂▃▄▅▆▇█"[int(7.99 * (e - low) / span)] for e in errors if e == e)
         shape = "{} x {}".format(*rows[0].shape)
-        sparsity = sum(row.sparsity for row in rows) / len(rows)
-        error = sum(errors) / len(errors)
-        lines.append(f"{kind:28} {shape:>13} {sparsity:8.4f} {error:7.4f}  {bars}")
-    if unreached := sum(row.error is None for row in records):
-        lines.append(f"no calibration token reached {unreached} of them: pruned by magnitude")
+        line = f"{kind:28} {shape:>13} {fmean(row.sparsity for row in rows):8.4f}"
+        by_depth = defaultdict(list)
+        for row in rows:
+            if row.error is not None:
+                by_depth[row.block].append((row.error, row.gap))
+        if by_depth:
+            error, gap = map(fmean, zip(*chain(*by_depth.values()), strict=True))
+            errors = [fmean(error for error, _ in pairs) for pairs in by_depth.values()]
+            low, span = min(errors), max(errors) - min(errors) or 1.0
+            bars = "".join("▁▂▃▄▅▆▇█"[int(7.99 * (e - low) / span)] for e in errors)
+            line += f" {error:7.4f} {gap:7.4f}  {bars}"
+        lines.append(line)
+    few = sum(row.error is not None and row.tokens < row.shape[1] for row in records)
+    none = sum(row.tokens == 0 for row in records)
+    if few or none:
+        lines.append(
+            f"of {len(records)}, {few} saw fewer calibration tokens than they have inputs, "
+            f"{none} saw none and were pruned by magnitude: try a larger --nsamples"
+        )
     return "\n".join(lines)
+
+
+def save(folder: Path, partial: Path, model: nn.Module, tokenizer, report: dict) -> None:
+    """Writes the model, the tokenizer and the report, all of it or nothing, and then removes the
+    finished blocks."""
+    whole = partial / "whole"
+    shutil.rmtree(whole, ignore_errors=True)  # left by a run that ended here
+    model.save_pretrained(whole)
+    tokenizer.save_pretrained(whole)
+    write_report(whole, report)
+    whole.rename(folder)  # takes the place of an empty folder, never of a full one
+    shutil.rmtree(partial)
 
 
 def write_report(folder: Path, report: dict) -> None:
     """Writes pruning_report.json; devices and paths become strings."""
     text = json.dumps(report, indent=2, default=str)
     (folder / "pruning_report.json").write_text(text, encoding="utf-8")
-
-
-def save(folder: Path, model: nn.Module, tokenizer, report: dict) -> None:
-    """Writes the model, the tokenizer and the report: all of it or nothing."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        write_report(partial, report)
-        partial.rename(folder)  # takes the place of an empty folder, never of a full one
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def cap_seqlen(seqlen: int, config) -> int:
@@ -771,27 +987,37 @@ def prune(args: argparse.Namespace, sparsity: float, constants: dict) -> None:
     with explain(f"cannot calibrate with {args.calibration}"):
         tokens = calibration_tokens(args.calibration, tokenizer, args.nsamples, seqlen, args.seed)
     windows = eval_ppl.load_windows(args.eval, tokenizer, seqlen) if args.eval else None
+    how = dict(sparsity=sparsity, pattern=args.pattern, method=args.method, slope=args.slope)
+    partial = folder.with_name(f"{folder.name}.partial")
+    dtype = config.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    check_model(skeleton, **how, tokens=tokens)
+    check_room(skeleton, tokens, folder)
 
-    model, clock = load_model(args.model, args.dtype, device), Clock(device)
-    how = dict(pattern=args.pattern, method=args.method, **constants)
-    records = prune_model(model, tokens, sparsity, device=device, clock=clock, **how)
+    model, seconds = load_model(args.model, args.dtype, device), Counter()
+    how |= dict(device=device, seconds=seconds, partial=partial, **constants)
+    with timed(seconds, "total", device):
+        records = prune_model(model, tokens, **how)
+    if ranks()[0] > 0:
+        return
     effective = dict(sparsity=sparsity, seqlen=seqlen, device=device, save=folder)
     report = {
         "settings": {**vars(args), **effective, **constants},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "seconds": dict(clock.seconds),
+        "seconds": seconds,
         "peak_memory_gib": peak_memory(device),
-        "not_pruned": dense_weights(model),
+        "not_pruned": dense_weights(model, records),
         "linears": [asdict(record) for record in records],
     }
     print(summarise(records))
     for kind, share in report["not_pruned"].items():
         print(f"not pruned: {kind}, {share:.1%} of the parameters in the blocks")
-    times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in clock.seconds.items())
-    total = sum(clock.seconds.values())
-    print(f"{total:.1f} s: {times}; peak memory {report['peak_memory_gib']:.2f} GiB")
-    with explain(f"cannot write {folder}"):
-        save(folder, model, tokenizer, report)
+    stages = ", of them ".join(f"{stage} {seconds[stage]:.1f} s" for stage in ("forward", "gram"))
+    times = f"{seconds['total']:.1f} s in all: {stages}, solve {seconds['solve']:.1f} s"
+    print(f"{times}; peak memory {report['peak_memory_gib']:.2f} GiB")
+    with explain(f"cannot write {folder}, run again to go on from {partial}"):
+        save(folder, partial, model, tokenizer, report)
     print(f"wrote {folder}; next: python eval_ppl.py --model {args.save or folder.name}")
     if args.eval:
         report["perplexity"] = eval_ppl.perplexity(model, windows, device)
@@ -821,8 +1047,8 @@ def demo(args: argparse.Namespace, sparsity: float, constants: dict) -> None:
     for method in ("dense", "magnitude", "wanda", "admm-grad"):
         model = copy.deepcopy(dense)
         if method != "dense":
-            how = dict(pattern=args.pattern, method=method, device=device, **constants)
-            prune_model(model, halves[0], sparsity, **how)
+            how = dict(pattern=args.pattern, slope=args.slope, device=device, **constants)
+            prune_model(model, halves[0], sparsity, method=method, **how)
         print(f"{method:10} perplexity {eval_ppl.perplexity(model, halves[1], device):9.2f}")
 
 
@@ -834,6 +1060,7 @@ def main() -> None:
     add("--demo", action="store_true", help=demo_help)
     add("--sparsity", type=float, help="share of zeros, default 0.5")
     add("--pattern", help="N:M, N of each M consecutive weights survive, for example 2:4")
+    add("--slope", type=float, default=0.0, help="how far sparsity rises over depth, default 0")
     add("--method", choices=METHODS, default="admm-grad", help="default: admm-grad")
     add("--paper", action="store_true", help="use the constants of the paper")
     add("--calibration", default="c4", help="c4 (default), wikitext2 or a text file")
@@ -850,8 +1077,12 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.model) == args.demo:
         parser.error("give either --model or --demo")
-    if min(args.nsamples, args.seqlen) < 1:
-        parser.error("--nsamples and --seqlen must be at least 1")
+    if args.nsamples < 1 or args.seqlen < 2:
+        parser.error("--nsamples must be at least 1 and --seqlen at least 2")
+    if "RANK" in os.environ:  # torchrun started this process
+        dist.init_process_group()
+    if ranks()[0] > 0:
+        sys.stdout = open(os.devnull, "w")  # errors still show
     try:
         sparsity = check_sparsity(args.sparsity, parse_pattern(args.pattern))
         run = demo if args.demo else prune
@@ -859,7 +1090,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"admm_prune.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("admm_prune.py: interrupted")
+        sys.exit("admm_prune.py: interrupted; the same command goes on after the last whole block")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,20 @@ import importlib.util
 import json
 import math
 import pydoc_data.topics
+import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import tokenizers
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from torch import nn
 
 import admm_prune as ap
@@ -35,6 +40,7 @@ SMALL = dict(
 GQA = dict(SMALL, num_key_value_heads=2)
 SLIDING = dict(GQA, head_dim=8, sliding_window=8)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 GPT = dict(n_layer=3, n_head=4, vocab_size=96, bos_token_id=0, eos_token_id=0)
 CONFIGS = {
     "opt": lambda: hf.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=16),
@@ -97,6 +103,56 @@ def test_fixed_mask_converges_to_least_squares_on_the_support(damping):
         assert ((new[kept] - best) * scale).norm() < 1e-3 * (w[kept] * scale).norm()
 
 
+def test_assess_is_the_distance_to_the_exact_solution():
+    """In float64: ||X (W - W')||^2, and the gradient that is 0 only at the least squares."""
+    W, X = make_layer()
+    pruned, norm = ap.prune_weight(W, X.T @ X, 0.6), X.double().norm(dim=0)
+    error, gap = ap.assess(W, pruned, X.T @ X)
+    X64, W64, kept = X.double(), W.double(), pruned != 0
+    energy = (X64 @ W64.T).norm() ** 2
+    assert error == pytest.approx(float((X64 @ (W64 - pruned).T).norm() ** 2 / energy), rel=1e-3)
+    damped = torch.cat([X64, torch.diag(math.sqrt(0.1) * norm)])
+    best, gradients = torch.zeros_like(W64), []
+    for row, (w, keep) in enumerate(zip(W64, kept, strict=True)):
+        best[row, keep] = torch.linalg.lstsq(damped[:, keep], damped @ w).solution
+    for start in (pruned.double(), torch.zeros_like(W64)):
+        start.requires_grad_()
+        loss = (damped @ (W64 - start).T).square().sum() / 2
+        gradients.append((torch.autograd.grad(loss, start)[0] / norm)[kept].norm())
+    assert gap == pytest.approx(float(gradients[0] / gradients[1]), rel=1e-2)
+    assert 1e-4 < gap < 0.05 and ap.assess(W, best, X.T @ X)[1] < 1e-5
+    assert ap.assess(W, W * kept, X.T @ X)[1] > 10 * gap  # the mask alone
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gram_matrices_of_half_precision_inputs_are_exact(dtype, device):
+    X = make_layer(columns=50, tokens=700)[1].to(dtype)
+    exact = X.double().T @ X.double()
+    gram, diagonal = torch.zeros(50, 50, device=device), torch.zeros(50, device=device)
+    for part in X.to(device).split(300):
+        ap.add_gram(gram, part)
+        ap.add_gram(diagonal, part)
+    scale = exact.diagonal().sqrt()
+    difference = (ap.complete(gram).cpu().double() - exact) / scale / scale[:, None]
+    assert difference.abs().max() < 1e-5
+    torch.testing.assert_close(diagonal.cpu().double(), exact.diagonal(), rtol=1e-5, atol=0)
+
+
+def test_the_iterations_may_be_coarse(monkeypatch):
+    """What a GPU does in bfloat16 moves the error by less than 0.1%."""
+    W, X = make_layer(out=400, columns=300, tokens=2000)
+    G, exact = X.T @ X, ap.prune_weight(W, X.T @ X, 0.6)
+
+    def product(a, b, coarse):
+        return a.bfloat16().float() @ b.bfloat16().float() if coarse else a @ b
+
+    monkeypatch.setattr(ap, "product", product)
+    coarse = ap.prune_weight(W, G, 0.6)
+    assert not torch.equal(coarse, exact)
+    assert ap.assess(W, coarse, G)[0] == pytest.approx(ap.assess(W, exact, G)[0], rel=1e-3)
+
+
 def paper_reference(W, X, sparsity, iterations=20, T=15, damping=0.1):
     """Boža's algorithm as the paper writes it, in float64: one inverse, rho 1, sorted scores."""
     W, X = W.double(), X.double()
@@ -139,7 +195,7 @@ def test_defaults_beat_the_papers_constants_and_the_masks_alone():
     errors += [error(method) for method in ("admm", "wanda", "magnitude")]
     assert errors == sorted(errors)
     pruned = ap.prune_weight(W, G, 0.6)
-    assert ap.reconstruction_error(W, pruned, G) == pytest.approx(errors[0], rel=1e-3)
+    assert ap.assess(W, pruned, G)[0] == pytest.approx(errors[0], rel=1e-3)
 
 
 def test_symmetries():
@@ -230,18 +286,18 @@ def test_features_that_were_never_active_go_first():
     torch.testing.assert_close(ap.prune_weight(W, X.T @ X, 0.0), W, rtol=1e-4, atol=1e-4)
     nothing = ap.prune_weight(W, torch.zeros(40, 40), 0.5)  # then by magnitude
     assert W[nothing == 0].abs().max() < W[nothing != 0].abs().min()
-    assert ap.reconstruction_error(W, nothing, torch.zeros(40, 40)) == 0.0
+    assert ap.assess(W, nothing, torch.zeros(40, 40))[0] == 0.0
 
 
 def test_singular_gram_and_sparse_weight():
     W, X = make_layer(tokens=10)  # fewer tokens than features
     pruned = ap.prune_weight(W, X.T @ X, 0.5)
-    assert pruned.isfinite().all() and ap.reconstruction_error(W, pruned, X.T @ X) < 0.1
+    assert pruned.isfinite().all() and ap.assess(W, pruned, X.T @ X)[0] < 0.1
     W = W.clone()
     W[:, :30] = 0
     again = ap.prune_weight(W, X.T @ X, 0.5)
     assert int((again == 0).sum()) >= W.numel() // 2
-    assert ap.reconstruction_error(W, again, X.T @ X) < 1e-3
+    assert ap.assess(W, again, X.T @ X)[0] < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -296,45 +352,59 @@ def test_architectures(kind):
     )
     before = {name: p.clone() for name, p in model.named_parameters()}
     records = ap.prune_model(model, tokens, 0.5, device="cpu")
-    linears = ap.find_linears(ap.find_blocks(model))
-    assert len(records) == len(linears) > 0
-    pruned = {id(linear.weight) for linear in linears.values()}
+    blocks = ap.find_blocks(model)
+    linears = ap.find_linears(blocks)
+    stacks = {name: p for name, p in blocks.named_parameters() if p.ndim == 3}
+    assert len(records) == len(linears) + sum(map(len, stacks.values())) > 0
+    pruned = {p.data_ptr() for p in (*linears.values(), *stacks.values())}
     for name, p in model.named_parameters():
-        if id(p) in pruned:
-            assert int((p == 0).sum()) == round(0.5 * p.numel()), name
+        if p.data_ptr() in pruned:
+            for matrix in p if p.ndim == 3 else p[None]:
+                assert int((matrix == 0).sum()) == round(0.5 * matrix.numel()), name
         else:
             assert torch.equal(p, before[name]), name
     assert eval_ppl.perplexity(model, tokens, "cpu") == pytest.approx(
         own_perplexity(model, tokens), rel=1e-5
     )
-    dense = ap.dense_weights(model)
-    assert any("experts" in name for name in dense) == (kind == "mixtral")
+    dense = ap.dense_weights(model, records)
+    assert all("gate" in name or "router" in name for name in dense), dense  # of the experts
+
+
+def capture(model, tokens, diagonal=False):
+    """The sums for the first block, with the diagonal alone or before `complete`."""
+    device = torch.device("cpu")
+    with ap.BlockRunner(model, tokens, device) as runner:
+        with ap.Capture(runner.blocks[0], diagonal, Counter(), device) as found:
+            runner.run(0, keep=False)
+        return found.groups()
 
 
 def test_gram_matrices_are_those_of_the_inputs():
     model, tokens = make_model(), make_tokens(count=7, seqlen=60)
     inputs = {}
-    for name, linear in ap.find_linears(model.model.layers[0]).items():
-        linear.register_forward_pre_hook(
+    for name in ap.find_linears(model.model.layers[0]):
+        model.model.layers[0].get_submodule(name).register_forward_pre_hook(
             lambda _, args, name=name: inputs.setdefault(name, []).append(args[0].double())
         )
     with torch.no_grad():
         model(tokens)
-    device = torch.device("cpu")
-    with ap.BlockRunner(model, tokens, device) as runner:
-        grams = ap.capture_grams(runner, 0, ap.Clock(device))
+    grams, diagonals = (capture(model, tokens, diagonal) for diagonal in (False, True))
     attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     mlp = ("mlp.gate_proj", "mlp.up_proj")
     assert set(grams) == {attention, ("self_attn.o_proj",), mlp, ("mlp.down_proj",)}
     for names, gram in grams.items():
         for name in names:
             x = inputs[name][0].flatten(0, 1)
-            torch.testing.assert_close(gram.double(), x.T @ x, rtol=1e-4, atol=1e-3)
+            exact = x.T @ x
+            gram = ap.complete(gram.clone()).double()
+            torch.testing.assert_close(gram, exact, rtol=1e-4, atol=1e-3)
+            diagonal = diagonals[names].double()
+            torch.testing.assert_close(diagonal, exact.diagonal(), rtol=1e-4, atol=1e-3)
 
 
 def test_inputs_of_a_block_come_from_the_pruned_blocks_before_it():
     model, tokens = make_model(), make_tokens()
-    records = ap.prune_model(model, tokens, 0.5, method="wanda", device="cpu")
+    records = ap.prune_model(model, tokens, 0.5, method="admm", device="cpu")
     dense, seen = make_model(), []
     with torch.no_grad():
         hidden = model(tokens, output_hidden_states=True).hidden_states[2]  # enters block 2
@@ -376,8 +446,10 @@ def test_experts_and_linears_that_no_token_reaches():
     records = ap.prune_model(model, tokens, 0.5, device="cpu")
     assert len(records) == 3 * (4 + 9) and all(r.sparsity == 0.5 for r in records)
     for record in records:
-        assert (record.error is None) == record.name.endswith(".2")
-    assert "no calibration token reached 9 of them" in ap.summarise(records)
+        assert (record.error is None) == (record.tokens == 0) == record.name.endswith(".2")
+    few = sum(0 < record.tokens < record.shape[1] for record in records)
+    assert f"{few} saw fewer calibration tokens" in ap.summarise(records)
+    assert "9 saw none and were pruned by magnitude" in ap.summarise(records)
 
 
 @pytest.mark.parametrize("order", ["abab", "aba", "bab", "abb"])
@@ -403,6 +475,16 @@ def test_linears_share_a_gram_matrix_only_if_all_their_inputs_are_the_same(order
             ap.prune_model(model, tokens, 0.5, device="cpu")
 
 
+@pytest.mark.parametrize("sparsity, slope", [(0.6, 0.1), (0.5, -0.3)])
+def test_slope_moves_sparsity_along_the_depth(sparsity, slope):
+    records = ap.prune_model(make_model(), make_tokens(), sparsity, slope=slope, device="cpu")
+    for record in records:
+        expected = sparsity + slope * (record.block / 2 - 0.5)
+        assert record.sparsity == pytest.approx(expected, abs=0.5 / math.prod(record.shape) + 1e-9)
+    total = sum(record.sparsity for record in records) / len(records)
+    assert total == pytest.approx(sparsity, abs=1e-3)
+
+
 @pytest.mark.parametrize("method", ap.METHODS)
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_all_methods_on_bfloat16(method, kind):
@@ -413,6 +495,7 @@ def test_all_methods_on_bfloat16(method, kind):
         assert record.sparsity == pytest.approx(0.5, abs=1e-3)
         linear = ap.find_blocks(model)[record.block].get_submodule(record.name)
         assert record.sparsity == float((linear.weight == 0).double().mean())
+        assert (record.error is None) == (record.gap is None) == (method in ("wanda", "magnitude"))
     if kind == "opt":  # fc1 and fc2 are two kinds, of different shapes
         table = ap.summarise(records)
         assert "fc1 " in table and "48 x 32" in table and "fc2 " in table and "32 x 48" in table
@@ -442,7 +525,7 @@ def test_models_that_cannot_be_pruned():
         ap.prune_model(model, tokens, device="cpu")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e38
-    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.down_proj: the Gram matrix"):
+    with pytest.raises(ValueError, match=r"^block 1, mlp\.down_proj: the Gram matrix"):
         ap.prune_model(model, tokens, device="cpu")
     assert "forward" not in vars(model.model.layers[0])  # the blocks are themselves again
     with torch.no_grad():
@@ -474,6 +557,9 @@ def folder(tmp_path_factory, tokenizer):
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**dict(GQA, vocab_size=512)))
     model.to(torch.bfloat16).save_pretrained(path / "tiny")
     tokenizer.save_pretrained(path / "tiny")
+    deep = hf.LlamaConfig(**dict(GQA, vocab_size=512, hidden_size=64, num_hidden_layers=12))
+    hf.LlamaForCausalLM(deep).save_pretrained(path / "deep")
+    tokenizer.save_pretrained(path / "deep")
     (path / "calibration.txt").write_text(DOCS[:60_000])
     (path / "test.txt").write_text(DOCS[60_000:90_000])
     (path / "short.txt").write_text("too short")
@@ -528,11 +614,11 @@ def test_command_line_in_a_process_of_its_own(folder, tmp_path):
     report = json.loads((out / "pruning_report.json").read_text())
     assert report["settings"]["pattern"] == "2:4" and len(report["linears"]) == 21
     assert all(row["sparsity"] == 0.5 and 0 < row["error"] < 1 for row in report["linears"])
+    assert all(row["gap"] < 0.05 and row["tokens"] == 8 * 64 for row in report["linears"])
 
     model = hf.AutoModelForCausalLM.from_pretrained(out)
-    assert model.dtype == torch.bfloat16
-    for linear in ap.find_linears(model.model.layers).values():
-        assert ((linear.weight.view(len(linear.weight), -1, 4) == 0).sum(-1) == 2).all()
+    for weight in ap.find_linears(model.model.layers).values():
+        assert ((weight.view(len(weight), -1, 4) == 0).sum(-1) == 2).all()
     command = [sys.executable, str(here / "eval_ppl.py"), "--model", str(out), "--seqlen", "64"]
     command += ["--dataset", str(folder / "test.txt")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -565,7 +651,10 @@ def test_command_line_in_a_process_of_its_own(folder, tmp_path):
         (["--model", "./missing"], "./missing is neither a model folder"),
         (["--model", "encoder-decoder"], "this is an encoder-decoder model"),
         (["--model", "quantised"], "this model is quantised"),
+        (["--slope", "1.2"], "slope 1.2 needs a sparsity that stays in [0, 1)"),
+        (["--slope", "0.1", "--pattern", "2:4"], "and no pattern"),
         (["--nsamples", "0"], 2),
+        (["--seqlen", "1"], 2),
         (["--method", "obs"], 2),
         (["--demo"], 2),
     ],
@@ -593,16 +682,108 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
-def test_nothing_is_left_of_a_run_that_ends_while_saving(folder, tmp_path, monkeypatch, failure):
+def test_a_run_that_ends_while_saving_keeps_its_blocks_and_goes_on(
+    folder, tmp_path, monkeypatch, failure
+):
     def fail(*_, **__):
         raise failure("no space left")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Path, "write_text", fail)
     base = ["--model", folder / "tiny", "--calibration", folder / "calibration.txt"]
-    code = run(monkeypatch, *base, "--seqlen", 64, "--nsamples", 2, "--method", "magnitude")
+    base += ["--seqlen", 64, "--nsamples", 2, "--method", "magnitude", "--save", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fail)
+        code = run(patch, *base)
     assert ("interrupted" if failure is KeyboardInterrupt else "no space left") in code
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    before = sorted((tmp_path / "out.partial").glob("*.safetensors"))
+    assert len(before) == 3
+    for other, key in ((["--sparsity", 0.4], "sparsity"), (["--seed", 5], "tokens")):
+        code = run(monkeypatch, *base, *other)
+        assert f"out.partial holds blocks of a run with other {key}: delete it" in code
+    heavier = hf.AutoModelForCausalLM.from_pretrained(folder / "tiny")
+    heavier.model.layers[2].mlp.up_proj.weight.data *= 2
+    heavier.save_pretrained(tmp_path / "heavier")
+    hf.AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained(tmp_path / "heavier")
+    assert "of a run with other model" in run(monkeypatch, *base, "--model", "heavier")
+    monkeypatch.setattr(ap, "prune_block", fail)  # there is nothing left to prune
+    assert run(monkeypatch, *base) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["heavier", "out"]
+
+
+def command(folder, out, *more, launcher=()):
+    """A command line that prunes twelve blocks, for a process of its own."""
+    script = str(Path(__file__).parent / "admm_prune.py")
+    line = [sys.executable, *launcher, script, "--model", folder / "deep", "--save", out]
+    line += ["--calibration", folder / "calibration.txt", "--seqlen", 64, "--nsamples", 32]
+    return [*map(str, line), *more]
+
+
+def read_report(out):
+    return json.loads((out / "pruning_report.json").read_text())
+
+
+def test_a_killed_run_goes_on_to_the_same_result(folder, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    subprocess.run(command(folder, whole), check=True)
+    killed = subprocess.Popen(command(folder, out))
+    sixth = tmp_path / "out.partial" / "0005.safetensors"
+    while not sixth.exists():
+        assert killed.poll() is None
+        time.sleep(0.002)
+    killed.kill()
+    killed.wait()
+    assert not out.exists()
+    (tmp_path / "out.partial" / "0009.tmp").write_bytes(b"half")  # where another may have died
+    noted = ap.read_note(sixth, "records")
+    subprocess.run(command(folder, out), check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    for path in whole.iterdir():
+        if path.name != "pruning_report.json":  # that holds times
+            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    first, second = (read_report(path)["linears"] for path in (whole, out))
+    for ours, theirs in zip(first, second, strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    assert [row for row in second if row["block"] == 5] == noted
+
+
+def test_two_processes_give_the_result_of_one(folder, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    subprocess.run(command(folder, one, "--method", "admm"), check=True)
+    both = command(folder, two, "--method", "admm", launcher=launcher)
+    done = subprocess.run(both, check=True, capture_output=True, text=True)
+    assert done.stdout.count("mlp.down_proj") == done.stdout.count("wrote") == 1  # rank 0 alone
+    first, second = (read_report(path)["linears"] for path in (one, two))
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours["error"] == pytest.approx(theirs["error"], rel=0.02)
+        assert {**ours, **theirs} == {**ours, **{k: theirs[k] for k in ("error", "gap", "seconds")}}
+    weights = [load_file(path / "model.safetensors") for path in (one, two)]
+    for name, weight in weights[0].items():  # but for a mask at the brink
+        assert (weight - weights[1][name]).norm() < 0.05 * weight.norm()
+    bad = command(folder, again, "--method", "admm", "--nsamples", "1", launcher=launcher)
+    done = subprocess.run(bad, capture_output=True, text=True)
+    assert done.returncode != 0 and "1 calibration sequences are too few for 2" in done.stderr
+
+
+def test_the_same_command_twice_gives_identical_files(folder, tmp_path, monkeypatch):
+    base = ["--model", folder / "tiny", "--calibration", folder / "calibration.txt"]
+    for name in ("first", "second"):
+        assert run(monkeypatch, *base, "--nsamples", 4, "--save", tmp_path / name) is None
+    for path in (tmp_path / "first").iterdir():
+        if path.name != "pruning_report.json":
+            assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
+
+
+def test_what_does_not_fit_the_machine_is_told_before_loading(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ap, "load_model", None)  # it does not come to that
+    base = ["--model", folder / "tiny", "--calibration", folder / "calibration.txt"]
+    base += ["--nsamples", 4, "--save", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000))
+        assert "0.0 GiB in" in run(patch, *base) and not list(tmp_path.iterdir())
+    monkeypatch.setattr(ap.os, "sysconf", lambda name: 100)
+    assert "GiB of host memory, but there are 0.0" in run(monkeypatch, *base)
 
 
 def test_seqlen_is_capped_and_an_empty_folder_is_taken(folder, tmp_path, monkeypatch, capsys):
@@ -618,12 +799,15 @@ def test_seqlen_is_capped_and_an_empty_folder_is_taken(folder, tmp_path, monkeyp
     assert settings["sparsity"] == 0.5 and settings["rho"] == [1.0] and settings["seqlen"] == 64
 
 
-def test_float16_on_a_cpu_is_computed_in_float32(folder, tmp_path, monkeypatch, capsys):
+def test_a_dtype_that_is_slow_on_a_cpu_becomes_float32(folder, tmp_path, monkeypatch, capsys):
+    assert not ap.is_slow(torch.float32)
     base = ["--model", folder / "tiny", "--calibration", folder / "calibration.txt"]
-    base += ["--nsamples", 2, "--dtype", "float16", "--device", "cpu", "--save", tmp_path / "out"]
-    assert run(monkeypatch, *base) is None
-    assert "float16 is very slow on a CPU" in capsys.readouterr().out
-    assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+    base += ["--nsamples", 2, "--dtype", "float16", "--device", "cpu", "--save"]
+    for slow, dtype in ((True, torch.float32), (False, torch.float16)):
+        monkeypatch.setattr(ap, "is_slow", lambda _, slow=slow: slow)
+        assert run(monkeypatch, *base, tmp_path / str(slow)) is None
+        assert ("float16 is very slow on this CPU" in capsys.readouterr().out) == slow
+        assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / str(slow)).dtype == dtype
 
 
 def test_windows_do_not_overlap_and_the_last_partial_one_is_dropped(folder, tokenizer, monkeypatch):
@@ -716,12 +900,20 @@ def test_first_blocks_of_a_real_llama():
     model = ap.load_model(path, "auto", torch.device("cpu"))
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
     state = {name: value.clone() for name, value in model.state_dict().items()}
+    dense = ap.find_linears(model.model.layers)
+    dense = {name: weight.clone() for name, weight in dense.items()}
+    with ap.BlockRunner(model, ids[:2048].view(4, 512), torch.device("cpu")) as runner:
+        with ap.Capture(runner.blocks[0], False, Counter(), runner.device) as found:
+            runner.run(0, keep=False)
+    grams = {name: ap.complete(g) for names, g in found.groups().items() for name in names}
     errors = []
     for method, constants in (
         ("admm-grad", {}), ("admm-grad", ap.PAPER), ("admm", {}), ("wanda", {}), ("magnitude", {}),
     ):  # fmt: skip
         model.load_state_dict(state)
         how = dict(method=method, device="cpu", **constants)
-        records = ap.prune_model(model, ids[:2048].view(4, 512), 0.6, **how)
-        errors.append(sum(record.error for record in records))
+        ap.prune_model(model, ids[:2048].view(4, 512), 0.6, **how)
+        pruned = ap.find_linears(model.model.layers[0])
+        first = [ap.assess(dense[f"0.{name}"], pruned[name], grams[name])[0] for name in grams]
+        errors.append(sum(first))
     assert errors == sorted(errors)
