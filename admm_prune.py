@@ -110,7 +110,7 @@ def prune_weights(
     A = gram.float() / norm / norm[:, None]  # (in, in)
     A.diagonal().add_(damping)
     dense = torch.cat([weight.float() for weight in weights]) * norm  # (rows, in)
-    W, Z, U = dense, dense, torch.zeros_like(dense)
+    V, Z, U = dense, dense, torch.zeros_like(dense)  # V = W + U
     mask = torch.cat(masks).bool() if masks else None
     last = 0.0
     for step in range(iterations):
@@ -124,8 +124,8 @@ def prune_weights(
                 last = penalty
             # The paper's (B + rho (Z - U)) (A + rho I)^-1, B = dense A, as a step from `dense`.
             coarse = step < iterations - 4
-            W = dense + penalty * product(Z - U - dense, inverse, coarse)
-        V = W + U
+            W = torch.add(dense, product(Z - U - dense, inverse, coarse), alpha=penalty)
+            V = W.add_(U)  # in the memory of W
         if not masks and (step < mask_iterations or not freeze_mask):
             progress = min(1.0, (step + 1) / mask_iterations)
             target = sparsity * (1 - (1 - progress) ** 3)
