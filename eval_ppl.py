@@ -13,10 +13,8 @@ and texts, which pruning shares.
 import argparse
 import importlib.util
 import math
-import os
 import sys
 import time
-import timeit
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,15 +93,15 @@ def load_windows(source: str, tokenizer, seqlen: int = 2048, limit: int | None =
 
 
 def find_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of that name, known to work; by default CUDA, then Apple's MPS, then the CPU, and
-    under torchrun the one of this rank."""
+    """The device of that name, known to work; by default CUDA, then Apple's MPS, then the CPU."""
     name = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    if str(name) == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch names every backend that it knows
         raise ValueError(f"cannot use the device {name}: try cuda, mps or cpu") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels written in Triton run on the current one
+    return device
 
 
 @contextmanager
@@ -146,23 +144,21 @@ def check_config(config) -> None:
         raise ValueError("this is an encoder-decoder model: only decoder-only ones are pruned")
     if getattr(config, "quantization_config", None):
         raise ValueError("this model is quantised: prune the original and quantise the result")
-
-
-def is_slow(dtype: torch.dtype) -> bool:
-    """Whether this CPU lacks instructions for the dtype: it is then many times slower than in
-    float32."""
-    seconds = []
-    for kind in (dtype, torch.float32):
-        names = {"matrix": torch.ones(512, 512, dtype=kind)}
-        seconds.append(min(timeit.repeat("matrix @ matrix", globals=names, number=1, repeat=3)))
-    return seconds[0] > 3 * seconds[1]
+    if getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+        raise ValueError("blocks of this model read the keys of others, so they cannot run alone")
 
 
 def choose_dtype(name: str, config, device: torch.device) -> torch.dtype:
-    """The dtype of that name, for "auto" the checkpoint's; float32 where the CPU is slow in it."""
-    dtype = (config.dtype if name == "auto" else getattr(torch, name)) or torch.float32
-    if device.type == "cpu" and is_slow(dtype):
-        print(f"{dtype} is very slow on this CPU: computing and saving in float32")
+    """The dtype of that name; for "auto" the checkpoint's, but float32 on a CPU that is many times
+    slower in 16 bits."""
+    if name != "auto":
+        return getattr(torch, name)
+    dtype = config.dtype or torch.float32
+    fast = dtype == torch.bfloat16 and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    if device.type == "cpu" and dtype != torch.float32 and not fast:
+        print(
+            f"{dtype} is slow on this CPU: computing and saving in float32, unless you set --dtype"
+        )
         return torch.float32
     return dtype
 
