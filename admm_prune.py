@@ -452,9 +452,7 @@ class Capture(TorchFunctionMode):
             x, weight = factors
             if weight.ndim == 2:
                 self._add(x, weight, self.PRODUCTS[func])
-            elif (
-                x.ndim == 3
-            ):  # each expert is given all tokens, as zeros those that are not routed to it
+            elif x.ndim == 3:  # an expert is given all tokens, as zeros those not routed to it
                 for tokens, matrix in zip(x, weight, strict=True):
                     self._add(tokens[tokens.any(-1)], matrix, self.PRODUCTS[func])
         return func(*args, **(kwargs or {}))
@@ -583,19 +581,13 @@ def prune_block(
     records = []
     with timed(seconds, "solve", runner.device):
         for names in list(grams):
-            gram, began = grams.pop(names), time.perf_counter()
-            if owners[names] != rank:
-                continue
-            mine = [weights[name] for name in names]
-            with eval_ppl.explain(f"block {index}, {names[0]}", ValueError):
-                results = prune_group(mine, gram, method, **how)
-            share = (time.perf_counter() - began) / len(names)
-            for name, weight, (error, gap) in zip(names, mine, results, strict=True):
-                zeros, tokens = int((weight == 0).sum()) / weight.numel(), capture.tokens[name]
-                shape = tuple(weight.shape)
-                records.append(Record(index, name, shape, zeros, error, gap, tokens, share))
-                peak = f"peak {peak_memory(runner.device):.1f} GiB"
-                bar.set_postfix_str(f"{name} error {error or 0:.4f}, {peak}")
+            gram = grams.pop(names)
+            if owners[names] == rank:
+                mine = {name: weights[name] for name in names}
+                with eval_ppl.explain(f"block {index}, {names[0]}", ValueError):
+                    records += prune_group(index, mine, gram, capture.tokens, method, **how)
+                error, peak = records[-1].error or 0.0, peak_memory(runner.device)
+                bar.set_postfix_str(f"{names[-1]} error {error:.4f}, peak {peak:.1f} GiB")
         for names, owner in owners.items() if world > 1 else ():
             for weight in (weights[name] for name in names):
                 whole = weight.contiguous()  # weights that are stored transposed are not
@@ -606,18 +598,24 @@ def prune_block(
 
 
 def prune_group(
-    weights: list[Tensor], gram: Tensor | None, method: str, **how
-) -> list[tuple[float | None, float | None]]:
-    """Prunes, in place, the weights that share an input; returns error and gap of each."""
+    index: int, weights: dict[str, Tensor], gram: Tensor | None, tokens: Counter, method: str, **how
+) -> list[Record]:
+    """Prunes, in place, the weights that share an input."""
+    began, records = time.perf_counter(), []
     if gram is None:  # nothing is known of their inputs
-        method, gram = "magnitude", torch.zeros(weights[0].shape[1])
+        method, gram = "magnitude", torch.zeros(next(iter(weights.values())).shape[1])
     elif gram.ndim == 2:
         complete(gram)
-    known, damping, results = gram.ndim == 2, how.get("damping", 0.1), []
-    for weight, pruned in zip(weights, prune_by(method, weights, gram, **how), strict=True):
-        results.append(assess(weight, pruned, gram, damping) if known else (None, None))
+    results = prune_by(method, list(weights.values()), gram, **how)
+    seconds = (time.perf_counter() - began) / len(weights)
+    for (name, weight), pruned in zip(weights.items(), results, strict=True):
+        error = gap = None
+        if gram.ndim == 2:
+            error, gap = assess(weight, pruned, gram, how.get("damping", 0.1))
         weight.copy_(pruned)
-    return results
+        shape, zeros = tuple(weight.shape), int((weight == 0).sum()) / weight.numel()
+        records.append(Record(index, name, shape, zeros, error, gap, tokens[name], seconds))
+    return records
 
 
 def prune_model(
@@ -790,12 +788,10 @@ def check_room(model: nn.Module, tokens: Tensor, partial: Path) -> None:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         if needed > memory:
             raise ValueError(f"needs {needed:.1f} GiB of host memory, but there are {memory:.1f}")
-    disk = shutil.disk_usage(partial.parent).free + sum(
-        f.stat().st_size for f in partial.glob("*.s*")
-    )
-    if 2 * weights > disk / 2**30:
-        disk = f"there are {disk / 2**30:.1f}"
-        raise ValueError(f"needs {2 * weights:.1f} GiB of disk in {partial.parent}, but {disk}")
+    done = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
+    disk = (shutil.disk_usage(partial.parent).free + done) / 2**30
+    if 2 * weights > disk:
+        raise ValueError(f"needs {2 * weights:.1f} GiB of disk, {partial.parent} has {disk:.1f}")
 
 
 def summarise(records: list[Record]) -> str:

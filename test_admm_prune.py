@@ -849,7 +849,7 @@ def test_what_does_not_fit_the_machine_is_told_before_loading(folder, tmp_path, 
     monkeypatch.setattr(eval_ppl, "load_model", lambda *_: sys.exit("loaded"))
     for partial, free, memory, message in (
         (0, 2 * weights, weights + states, "loaded"),
-        (0, 2 * weights - 1, weights + states, "GiB of disk in"),
+        (0, 2 * weights - 1, weights + states, "GiB of disk, "),
         (weights, weights, weights + states, "loaded"),
         (0, 2 * weights, weights + states - 1, "GiB of host memory, but there are"),
     ):
