@@ -699,8 +699,10 @@ def check_model(model: nn.Module, sparsity, pattern, method, slope, tokens) -> N
     if len([*blocks.named_parameters(remove_duplicate=False)]) > len([*blocks.parameters()]):
         raise ValueError("blocks of this model share parameters, but each is pruned for its inputs")
     sparsity, group = parse_sparsity(sparsity, pattern)
-    if slope and (group or not abs(slope) / 2 <= sparsity < 1 - abs(slope) / 2):
-        raise ValueError(f"slope {slope:g} needs a sparsity that stays in [0, 1), and no pattern")
+    if slope and group:
+        raise ValueError(f"slope {slope:g} does not go with a pattern, which fixes the sparsity")
+    if not abs(slope) / 2 <= sparsity < 1 - abs(slope) / 2:
+        raise ValueError(f"slope {slope:g} takes a sparsity of {sparsity:g} out of [0, 1)")
     if len(tokens) < ranks()[1]:
         raise ValueError(f"{len(tokens)} calibration sequences are too few for {ranks()[1]} ranks")
     for name, weight in linears.items():
@@ -953,6 +955,8 @@ def main() -> None:
         parser.error("give either --model or --demo")
     if args.nsamples < 1 or args.seqlen < 2:
         parser.error("--nsamples must be at least 1 and --seqlen at least 2")
+    if args.paper and args.method in ("wanda", "magnitude"):
+        parser.error("--paper sets constants of ADMM: it goes with admm-grad and admm only")
     if "RANK" in os.environ:  # torchrun started this process
         gpu = torch.cuda.is_available()
         if gpu:
