@@ -206,9 +206,9 @@ def assess(
     weight, gram, norm, kept = weight.float(), gram.float(), feature_norms(gram), pruned != 0
     energies, gradients = [], []
     for matrix in (weight - pruned.float(), weight):
-        slope = matrix @ gram
-        energies.append(float((slope * matrix).sum()))
-        gradients.append(float((slope / norm + damping * norm * matrix)[kept].norm()))
+        weighted = matrix @ gram
+        energies.append(float((weighted * matrix).sum()))
+        gradients.append(float((weighted / norm + damping * norm * matrix)[kept].norm()))
     return tuple(part / whole if whole else 0.0 for part, whole in (energies, gradients))
 
 
@@ -339,9 +339,8 @@ class BlockRunner:
         self.pinned = device.type == "cuda"  # from there a GPU copies while the CPU goes on
 
     def __enter__(self):
-        inside = {id(t) for t in chain(self.blocks.parameters(), self.blocks.buffers())}
-        tensors = chain(self.model.parameters(), self.model.buffers())
-        self.outside = [tensor for tensor in tensors if id(tensor) not in inside]
+        inside = {id(tensor) for tensor in tensors_of(self.blocks)}
+        self.outside = [t for t in tensors_of(self.model) if id(t) not in inside]
         for tensor in self.outside:
             tensor.data = tensor.data.to(self.device)
         for index, block in enumerate(self.blocks):
@@ -399,6 +398,11 @@ class BlockRunner:
     def logits(self, row: int) -> Tensor:
         """The logits (seqlen, vocabulary) of a sequence that has been through all blocks."""
         return self._call(None, row).logits[0]
+
+
+def tensors_of(module: nn.Module):
+    """All parameters and buffers of a module."""
+    return chain(module.parameters(), module.buffers())
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -652,12 +656,12 @@ def prune_model(
     seconds = Counter() if seconds is None else seconds
     check_model(model, sparsity, pattern, method, slope, tokens)
     sparsity, _ = parse_sparsity(sparsity, pattern)
-    settings = dict(method=method, sparsity=sparsity, pattern=pattern, slope=slope, **constants)
-    settings |= dict(tokens=digest([tokens], 1), model=digest(model.parameters()))
-    settings["dtype"] = str(model.dtype)
-    settings = json.loads(json.dumps(settings))  # as they are read again
-    finished = gather(finished_blocks(partial, settings) if partial else {})[0]
-    how = dict(method=method, pattern=pattern, **constants)
+    how, finished = dict(method=method, pattern=pattern, **constants), {}
+    if partial:
+        settings = dict(how, sparsity=sparsity, slope=slope, dtype=str(model.dtype))
+        settings |= dict(tokens=digest([tokens], 1), model=digest(model.parameters()))
+        settings = json.loads(json.dumps(settings))  # as they are read again
+        finished = gather(finished_blocks(partial, settings))[0]
     # Magnitude needs no inputs: one sequence, to see how the experts are multiplied.
     tokens = tokens[rank::world] if method != "magnitude" else tokens[:1]
     records = []
@@ -672,7 +676,7 @@ def prune_model(
                 pruned = finished[index]
                 if rank == 0:
                     block.load_state_dict(load_file(path))
-                for tensor in chain(block.parameters(), block.buffers()) if world > 1 else ():
+                for tensor in tensors_of(block) if world > 1 else ():
                     dist.broadcast(tensor.data, 0)
             else:
                 target = None if pattern else targets[index]
@@ -782,7 +786,7 @@ def peak_memory(device: torch.device) -> float:
 def check_room(model: nn.Module, tokens: Tensor, partial: Path) -> None:
     """Raises a ValueError if `model`, itself on the meta device, needs more than there is of host
     memory (each rank holds the weights) or of disk (twice, while finished blocks remain)."""
-    weights = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers())) / 2**30
+    weights = sum(tensor.nbytes for tensor in tensors_of(model)) / 2**30
     width = model.config.get_text_config(decoder=True).hidden_size
     states = tokens.numel() * width * model.dtype.itemsize / 2**30
     needed = weights * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + states
