@@ -303,14 +303,12 @@ def calibration_tokens(
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks: a module list as long as the config has hidden layers. Others may happen
-    to be as long, a vision tower outside the decoder, or experts, but with fewer parameters."""
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    """The decoder blocks: of the module lists in the decoder, that with the most parameters."""
     for part in (model.get_decoder(), model):
-        lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
         if lists:
             return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
-    raise ValueError(f"{type(model).__name__} has no list of {depth} decoder blocks")
+    raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
 
 
 def find_linears(block: nn.Module) -> dict[str, Tensor]:
@@ -394,6 +392,7 @@ class Capture(TorchFunctionMode):
         self.leader = {}  # name -> the first of those that receive the same tensor, as q, k, v do
         self.latest = None, 0, ""  # the last input, its version, and the leader that received it
         self.inputs = {}  # of the sequence under way: leader -> (tokens, in_features)
+        self.received = Counter()  # of the sequence under way: name -> tokens
         self.grams, self.crosses, self.tokens = {}, {}, Counter()
 
     @staticmethod
@@ -419,7 +418,7 @@ class Capture(TorchFunctionMode):
         if weight.ndim == 3:  # experts given all tokens, as zeros those not routed to them
             return all([self.receive(t[t.any(-1)], w) for t, w in zip(x, weight, strict=True)])
         self.seen.add((kind_of(name), weight.shape, weight.stride()))
-        self.tokens[name] += x.numel() // x.shape[-1]
+        self.received[name] += x.numel() // x.shape[-1]
         latest, version, leader = self.latest
         if x is not latest or x._version != version or kind_of(name) != name:
             leader, rows = name, x.reshape(-1, x.shape[-1])
@@ -434,21 +433,23 @@ class Capture(TorchFunctionMode):
 
     def take(self) -> dict[str, Tensor]:
         """The inputs since the last call: leader -> (tokens, in_features)."""
-        inputs, self.inputs, self.latest = self.inputs, {}, (None, 0, "")
+        inputs, self.inputs, self.received, self.latest = self.inputs, {}, Counter(), (None, 0, "")
         return inputs
 
     def add(self, dense: dict[str, Tensor], seqlen: int) -> None:
         """Adds the inputs X' of a sequence to the Gram matrices and, with those in the dense model,
         X, to the (X - X')^T X' for `correct`. Not for experts, which see other tokens in each
         model, nor for the last linear of a block, which does better without."""
+        self.tokens += self.received
         inputs = self.take()
         whole = [name for name, x in inputs.items() if len(x) == seqlen and kind_of(name) == name]
         for name, x in inputs.items():
+            comparable = name in whole[:-1] and len(dense.get(name, ())) == seqlen
             if name not in self.grams:
                 self.grams[name] = self.zeros(x)
-                self.crosses[name] = self.zeros(x) if name in dense else None
+                self.crosses[name] = self.zeros(x) if comparable else None
             add_product(self.grams[name], x, x)
-            if name not in whole[:-1] or len(dense.get(name, ())) != seqlen:
+            if not comparable:
                 self.crosses[name] = None
             elif self.crosses[name] is not None:
                 add_product(self.crosses[name], dense[name] - x, x)
@@ -483,7 +484,8 @@ class Capture(TorchFunctionMode):
                 self.grams[leader] = self.zeros(weight)
         for leader, names in members.items():
             groups[tuple(names)] = self.grams.pop(leader, None), self.crosses.pop(leader, None)
-        if any(other != [*groups] for other in from_all_ranks([*groups])):
+        alike = [(names, cross is None) for names, (_, cross) in groups.items()]
+        if any(other != alike for other in from_all_ranks(alike)):
             raise ValueError("linears share their inputs on some ranks, but not on others")
         return groups
 
@@ -542,9 +544,11 @@ class BlockWalk:
                     undo.callback(delattr, target, name)
                 setattr(target, name, value)
 
-            model, config = self.model, self.model.config.get_text_config(decoder=True)
-            if getattr(config, "output_router_logits", False):  # they would have a loss computed
-                change(config, "output_router_logits", False)
+            model = self.model
+            for config in (model.config, model.config.get_text_config(decoder=True)):
+                change(config, "return_dict", True)
+                if getattr(config, "output_router_logits", False):  # for a loss over all blocks
+                    change(config, "output_router_logits", False)
             # A product for each expert, which `Capture` sees.
             undo.callback(model.set_experts_implementation, model.get_experts_implementation())
             model.set_experts_implementation("eager")
@@ -636,7 +640,7 @@ class BlockWalk:
                     self.run(index, states)
                 for kind, (_, columns), _ in capture.seen if pattern else ():
                     if columns % pattern[1]:
-                        raise ValueError(f"{kind} has {columns} inputs, which {pattern} does not fit")
+                        raise ValueError(f"{kind} has {columns} inputs, {pattern} does not fit")
             for row, state in enumerate(states):
                 difference = self.forward(self.depth, row, state).float() - whole[row]
                 if not difference.norm() <= 1e-2 * whole[row].norm():
@@ -647,12 +651,8 @@ class BlockWalk:
 def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | None = None) -> float:
     """exp of the mean negative log-likelihood of each window's tokens after its first.
 
-    Args:
-        model: a Hugging Face decoder-only model, on the host; a block at a time visits `device`.
-        tokens: (windows, seqlen) int64.
-
-    Raises:
-        ValueError: a window's likelihood is NaN or infinite, or see `BlockWalk.rehearse`.
+    Args: a Hugging Face decoder-only model on the host, and tokens (windows, seqlen) int64.
+    Raises: ValueError if a window's likelihood is not finite, or as `BlockWalk.rehearse`.
     """
     losses, states = [], [None] * len(tokens)
     with BlockWalk(model, tokens, use_device(device)) as walk:
@@ -704,10 +704,8 @@ def prune_model(
     Args:
         model: a Hugging Face decoder-only model on the host; its blocks visit `device` in turn.
         tokens: calibration tokens, (nsamples, seqlen) int64, the same on all ranks.
-        sparsity: share of zeros, default 0.5.
-        pattern: "N:M", N of each M consecutive inputs survive; it implies the sparsity.
+        sparsity, pattern: the share of zeros, default 0.5, or "N:M".
         method: one of METHODS, see `prune_by`.
-        device: where the blocks run and are solved; default as in `use_device`.
         partial: a folder that keeps each finished block; the same call again goes on from there.
 
     Returns: a record for each linear.
@@ -952,31 +950,27 @@ def cap_seqlen(seqlen: int, config) -> int:
 
 def summarise(records: list[Record]) -> str:
     """A table with a row for each kind of linear; the sparkline is its error over depth."""
-    kinds = defaultdict(list)
-    for record in records:
-        kinds[kind_of(record.name)].append(record)
     lines = [f"{'linear':28} {'shape':>13} {'sparsity':>8} {'error':>7} {'gap':>7}  error by depth"]
-    for kind, rows in kinds.items():
+    for kind in dict.fromkeys(kind_of(record.name) for record in records):
+        rows = [record for record in records if kind_of(record.name) == kind]
         shape = "{} x {}".format(*rows[0].shape)
         line = f"{kind:28} {shape:>13} {fmean(row.sparsity for row in rows):8.4f}"
-        by_depth = defaultdict(list)
-        for row in rows:
-            if row.error is not None:
-                by_depth[row.block].append((row.error, row.gap))
-        if by_depth:
-            error, gap = map(fmean, zip(*chain(*by_depth.values()), strict=True))
-            errors = [fmean(error for error, _ in pairs) for pairs in by_depth.values()]
+        known = [row for row in rows if row.error is not None]
+        if known:
+            by_depth = defaultdict(list)
+            for row in known:
+                by_depth[row.block].append(row.error)
+            errors = list(map(fmean, by_depth.values()))
             low, span = min(errors), max(errors) - min(errors) or 1.0
-            bars = "".join("▁▂▃▄▅▆▇█"[int(7.99 * (e - low) / span)] for e in errors)
+            bars = "".join("▁▂▃▄▅▆▇█"[int(7.99 * (error - low) / span)] for error in errors)
+            error, gap = fmean(row.error for row in known), fmean(row.gap for row in known)
             line += f" {error:7.4f} {gap:7.4f}  {bars}"
         lines.append(line)
     few = sum(row.error is not None and row.tokens < row.shape[1] for row in records)
     none = sum(row.tokens == 0 for row in records)
     if few or none:
-        lines.append(
-            f"of {len(records)}, {few} saw fewer calibration tokens than they have inputs, "
-            f"{none} saw none and were pruned by magnitude: try a larger --nsamples"
-        )
+        lines.append(f"of {len(records)}, {few} saw fewer calibration tokens than they have inputs "
+                     f"and {none} saw none, pruned by magnitude: try more --nsamples")  # fmt: skip
     return "\n".join(lines)
 
 

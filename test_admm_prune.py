@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import pydoc_data.topics
+import re
 import subprocess
 import sys
 import time
@@ -28,52 +29,75 @@ from admm_prune import PAPER, Constants
 
 torch.set_num_threads(1)  # for tensors as small as these, threads get in each other's way
 DOCS = "\n\n".join(pydoc_data.topics.topics.values())
-SMALL = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    vocab_size=96,
-    max_position_embeddings=64,
-    bos_token_id=0,
-    eos_token_id=0,
-    pad_token_id=0,
-)
-GQA = dict(SMALL, num_key_value_heads=2)
-SLIDING = dict(GQA, head_dim=8, sliding_window=8)
-EXPERTS = dict(num_local_experts=3, num_experts_per_tok=2)
-MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-GPT = dict(n_layer=3, n_head=4, vocab_size=96, bos_token_id=0, eos_token_id=0)
-CONFIGS = {
-    "opt": lambda: hf.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=16),
-    "llama": lambda: hf.LlamaConfig(**GQA),
-    "mistral": lambda: hf.MistralConfig(**SLIDING),
-    "qwen2": lambda: hf.Qwen2Config(**GQA),
-    "qwen3": lambda: hf.Qwen3Config(**GQA, head_dim=8),
-    "gemma2": lambda: hf.Gemma2Config(**SLIDING),
-    "gemma3": lambda: hf.Gemma3TextConfig(**SLIDING, layer_types=MIXED),
-    "phi": lambda: hf.PhiConfig(**SMALL),
-    "gpt2": lambda: hf.GPT2Config(**GPT, n_embd=32, n_positions=64),
-    "gpt_neox": lambda: hf.GPTNeoXConfig(**SMALL),
-    "bloom": lambda: hf.BloomConfig(**GPT, hidden_size=32),
-    "falcon": lambda: hf.FalconConfig(**SMALL, alibi=True),
-    "mixtral": lambda: hf.MixtralConfig(**GQA, **EXPERTS),
-    "gpt_oss": lambda: hf.GptOssConfig(**GQA, **EXPERTS, head_dim=8, layer_types=MIXED),
-    "llama4": lambda: hf.Llama4TextConfig(
-        **GQA, **EXPERTS, head_dim=8, interleave_moe_layer_step=1
-    ),
-    "jetmoe": lambda: hf.JetMoeConfig(**GQA, **EXPERTS, kv_channels=8),
-}
+# Small values for whatever of these a configuration has; `build_tiny` drops those that do not fit.
+TINY = dict.fromkeys(
+    "hidden_size n_embd d_model dim emb_dim embedding_size embed_dim hidden_dim".split(), 32
+)
+TINY |= dict.fromkeys("attention_hidden_size lru_width".split(), 32)
+TINY |= dict.fromkeys(
+    "intermediate_size ffn_dim n_inner d_ff dff dim_ff decoder_ffn_dim".split(), 48
+)
+TINY |= dict.fromkeys("ffn_hidden_size moe_intermediate_size".split(), 16)
+TINY |= dict.fromkeys("num_hidden_layers n_layer n_layers decoder_layers".split(), 3)
+TINY |= dict.fromkeys("num_attention_heads n_head n_heads decoder_attention_heads".split(), 4)
+TINY |= dict.fromkeys("num_key_value_heads num_kv_heads linear_num_key_heads".split(), 2)
+TINY |= dict.fromkeys(
+    "head_dim kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim".split(), 8
+)
+TINY |= dict.fromkeys("linear_key_head_dim linear_value_head_dim sliding_window".split(), 8)
+TINY |= dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), 4)
+TINY |= dict.fromkeys("num_experts_per_tok moe_topk index_n_heads".split(), 2)
+TINY |= dict.fromkeys("index_head_dim index_topk state_size mamba_d_state".split(), 8)
+TINY |= dict.fromkeys("q_lora_rank kv_lora_rank qk_head_dim o_lora_rank chunk_size".split(), 16)
+TINY |= dict.fromkeys("mamba_d_head mamba_head_dim shared_expert_intermediate_size".split(), 16)
+TINY |= dict.fromkeys("mamba_n_heads mamba_num_heads linear_num_value_heads rotary_dim".split(), 4)
+TINY |= dict.fromkeys("n_group topk_group n_groups mamba_n_groups o_groups".split(), 1)
+TINY |= dict.fromkeys("pad_token_id bos_token_id eos_token_id".split(), 0)
+TINY |= dict(
+    vocab_size=96, n_words=96, max_position_embeddings=64, n_positions=64, word_embed_proj_dim=16
+)
+DROPS = ["", "head_dim", "head_dim qk_head_dim", "num_attention_heads num_key_value_heads"]
+DROPS += ["sliding_window", "num_hidden_layers", "head_dim num_hidden_layers"]
+CAUSAL = list(hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+LLAMA = {name: TINY[name] for name in vars(hf.LlamaConfig()) if name in TINY and name != "head_dim"}
+COMMON = (
+    "opt llama mistral qwen2 qwen3 gemma2 gemma3_text phi gpt2 gpt_neox bloom falcon openai-gpt"
+)
+COMMON += " mamba mixtral gpt_oss llama4_text jetmoe qwen2_moe dory xlm"
 
 
-def make_model(kind="llama", seed=0):
-    torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
+def build_tiny(kind, drop):
+    def small(config):
+        known = [name for name in dir(config) if name in TINY and name not in drop.split()]
+        return {name: TINY[name] for name in known}
+
+    default = hf.CONFIG_MAPPING[kind]()
+    text = default.get_text_config(decoder=True)
+    part = [name for name in default.sub_configs if getattr(default, name) is text]
+    config = type(default)(**{part[0]: small(text)} if part else small(default))
+    with torch.device("meta"):
+        size = sum(p.numel() for p in hf.AutoModelForCausalLM.from_config(config).parameters())
+    if size > 5e6:
+        raise ValueError(f"{kind} has {size} parameters")
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for p in model.parameters():  # the usual initialisation hardly depends on the tokens
             p.mul_(3 if p.ndim > 1 else 1)
+    own_perplexity(model, make_tokens())
     return model
+
+
+def make_model(kind="llama"):
+    """A causal LM of that type, small and random; an AssertionError if none can be built."""
+    reasons = []
+    for drop in DROPS:
+        try:
+            return build_tiny(kind, drop)
+        except Exception as reason:  # each type has its own
+            reasons.append(reason)
+    raise AssertionError(reasons)
 
 
 def make_tokens(count=5, seqlen=24, seed=1):
@@ -89,8 +113,11 @@ def make_layer(out=24, columns=40, tokens=400, seed=0):
 
 
 def own_perplexity(model, tokens):
+    losses = []
     with torch.no_grad():
-        losses = [model(row[None], labels=row[None]).loss.item() for row in tokens]
+        for row in tokens:
+            logits = model(row[None], use_cache=False, return_dict=True).logits[0, :-1]
+            losses.append(F.cross_entropy(logits.float(), row[1:]).item())
     return math.exp(sum(losses) / len(losses))
 
 
@@ -403,33 +430,48 @@ def test_the_solver_runs_as_a_copy():
 # ---------------------------------------------------------------------------------- traversal
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[] if k in COMMON.split() else pytest.mark.sweep) for k in CAUSAL],
+)
 def test_architectures(kind):
-    """Block by block is the model's own forward, before pruning and after."""
-    model, tokens = make_model(kind), make_tokens()
-    assert ap.perplexity(model, tokens, "cpu") == pytest.approx(
-        own_perplexity(model, tokens), rel=1e-5
-    )
+    """Block by block is the model's own forward, before pruning and after, and every linear is
+    pruned; or the model is refused and left as it was. `pytest -m sweep` takes the rare types."""
+    try:
+        model, tokens = make_model(kind), make_tokens()
+    except AssertionError as reasons:
+        pytest.skip(f"no tiny {kind}: {reasons}"[:200])
     before = {name: p.clone() for name, p in model.named_parameters()}
-    records = ap.prune_model(model, tokens, 0.5, device="cpu")
+    own = own_perplexity(model, tokens)
+    try:
+        assert ap.perplexity(model, tokens, "cpu") == pytest.approx(own, rel=1e-4)
+        records = ap.prune_model(model, tokens, 0.5, device="cpu")
+    except ValueError as reason:
+        assert re.search("cannot be run block by block|no list of decoder blocks", str(reason))
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert kind not in COMMON.split()[:-2], reason
+        pytest.xfail(f"refused: {reason}")
+    assert kind not in ("dory", "xlm")
     blocks = ap.find_blocks(model)
-    linears = ap.find_linears(blocks)
-    stacks = {name: p for name, p in blocks.named_parameters() if p.ndim == 3}
-    assert len(records) == len(linears) + sum(map(len, stacks.values())) > 0
-    pruned = {p.data_ptr() for p in (*linears.values(), *stacks.values())}
+    linears, pruned = ap.find_linears(blocks), {f"{r.block}.{r.name}": r for r in records}
+    stacks = {n: p for n, p in blocks.named_parameters() if f"{n}.0" in pruned}
+    rare = {"deepseek_v4": "o_a_proj", "phimoe": "router"}  # multiplied in parts, or noisily
+    assert all(name in pruned or rare.get(kind, "?") in name for name in linears)
+    ours = {p.data_ptr() for p in (*linears.values(), *stacks.values())}
     for name, p in model.named_parameters():
-        if p.data_ptr() in pruned:
-            for matrix in p if p.ndim == 3 else p[None]:
-                assert int((matrix == 0).sum()) == round(0.5 * matrix.numel()), name
-        else:
+        if p.data_ptr() not in ours:
             assert torch.equal(p, before[name]), name
-    assert ap.perplexity(model, tokens, "cpu") == pytest.approx(
-        own_perplexity(model, tokens), rel=1e-5
-    )
-    for record in records:
+    for name, record in pruned.items():
+        if name in linears:
+            matrix = linears[name]
+        else:
+            stack, _, expert = name.rpartition(".")
+            matrix = stacks[stack][int(expert)]
+        assert int((matrix == 0).sum()) >= round(0.5 * matrix.numel()), name
         assert (record.tokens == 0) == (record.error is None), record
-    dense = ap.not_pruned(model, records)
-    assert sum(dense.values()) < 0.03, dense  # routers and the biases of experts
+    assert ap.perplexity(model, tokens, "cpu") == pytest.approx(
+        own_perplexity(model, tokens), rel=1e-4
+    )
 
 
 def capture(model, tokens, diagonal=False, dense=None):
@@ -466,8 +508,8 @@ def test_gram_matrices_and_cross_products_are_those_of_the_inputs():
     mlp = ("mlp.gate_proj", "mlp.up_proj")
     assert set(groups) == {attention, ("self_attn.o_proj",), mlp, ("mlp.down_proj",)}
     for names, (gram, cross) in groups.items():
-        for name in names:  # two from each rehearsal: as a whole, and block by block
-            seen = inputs[name][2 : 2 + 14]
+        for name in names:  # four were the rehearsal's: two as a whole, two block by block
+            seen = inputs[name][4 : 4 + 14]
             dense, x = torch.cat(seen[::2]), torch.cat(seen[1::2])
             exact = x.T @ x
             close = dict(rtol=1e-4, atol=1e-3)
@@ -485,7 +527,7 @@ def test_gram_matrices_and_cross_products_are_those_of_the_inputs():
     [
         ("mixtral", "mlp", "gate"),
         ("gpt_oss", "mlp", "router"),
-        ("llama4", "feed_forward", "router"),
+        ("llama4_text", "feed_forward", "router"),
         ("jetmoe", "mlp", "router.layer"),
     ],
 )
@@ -502,14 +544,15 @@ def test_experts_have_the_gram_matrices_of_the_tokens_routed_to_them(kind, path,
     if getattr(router, "bias", None) is not None:
         logits = logits + router.bias.double()
     logits, chosen = logits.topk(2)
+    width = x.shape[1]
     groups = capture(model, tokens, dense=lambda state: 2 * state)
     grams = {names: gram for names, (gram, _) in groups.items()}
-    for e in range(3):
+    for e in range(4):
         mine = x[(chosen == e).any(-1)]
-        if kind == "llama4":  # weighs the inputs by the router
+        if kind == "llama4_text":  # weighs the inputs by the router
             mine = mine * logits[chosen == e].sigmoid()[:, None]
         [name] = (n for (n, *_), g in grams.items() if n.startswith(path) and n.endswith(f".{e}")
-                  and len(g) == 32)  # fmt: skip
+                  and len(g) == width)  # fmt: skip
         assert groups[name,][1] is None
         gram = ap.complete(grams[name,].clone()).double()
         torch.testing.assert_close(gram, (mine.T @ mine).detach(), rtol=1e-3, atol=1e-3)
@@ -562,7 +605,7 @@ def test_experts_and_linears_that_no_token_reaches():
         assert (record.error is None) == (record.tokens == 0) == record.name.endswith(".2")
     few = sum(0 < record.tokens < record.shape[1] for record in records)
     assert f"{few} saw fewer calibration tokens" in ap.summarise(records)
-    assert "9 saw none and were pruned by magnitude" in ap.summarise(records)
+    assert "9 saw none, pruned by magnitude" in ap.summarise(records)
 
 
 @pytest.mark.parametrize("order", ["abab", "aba", "bab", "abb"])
@@ -628,12 +671,15 @@ def test_models_that_cannot_be_pruned():
         prune_tiny(model)
     model = make_model()
     weight = model.model.layers[1].mlp.up_proj.weight.data
-    for value in (math.nan, 1e38):
-        weight[0, 0] = value
+    weight[0, 0] = math.nan
+    for action in (ap.prune_model, ap.perplexity):
         with pytest.raises(ValueError, match="block 1 returns NaN or infinite values"):
-            prune_tiny(model)
-        with pytest.raises(ValueError, match="block 1 returns NaN or infinite values"):
-            ap.perplexity(model, make_tokens(), "cpu")
+            action(model, make_tokens(), device="cpu")
+    weight[0, 0] = 1e38
+    with pytest.raises(
+        ValueError, match=r"^block 1: mlp\.down_proj: the weight or its Gram matrix"
+    ):
+        prune_tiny(model)
 
 
 def test_what_goes_wrong_in_a_layer_names_it(monkeypatch):
@@ -643,7 +689,7 @@ def test_what_goes_wrong_in_a_layer_names_it(monkeypatch):
     monkeypatch.setattr(ap, "invert", fail)
     with pytest.raises(ValueError) as error:
         prune_tiny(make_model())
-    assert str(error.value) == "block 0: self_attn.q_proj: out of memory"
+    assert str(error.value) == "block 0: mlp.down_proj: out of memory"
 
 
 class Order(nn.ModuleList):
@@ -787,10 +833,10 @@ def folder(tmp_path_factory, tokenizer):
     """A model folder and two texts, as the command line takes them."""
     path = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**dict(GQA, vocab_size=512)))
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**dict(LLAMA, vocab_size=512)))
     model.to(torch.bfloat16).save_pretrained(path / "tiny")
     tokenizer.save_pretrained(path / "tiny")
-    deep = hf.LlamaConfig(**dict(GQA, vocab_size=512, hidden_size=64, num_hidden_layers=12))
+    deep = hf.LlamaConfig(**dict(LLAMA, vocab_size=512, hidden_size=64, num_hidden_layers=12))
     hf.LlamaForCausalLM(deep).save_pretrained(path / "deep")
     tokenizer.save_pretrained(path / "deep")
     (path / "calibration.txt").write_text(DOCS[:60_000])
@@ -849,7 +895,7 @@ def test_command_line_in_a_process_of_its_own(folder, tmp_path):
     assert report["constants"] == json.loads(json.dumps(dataclasses.asdict(Constants())))
     assert report["settings"]["pattern"] == "2:4" and len(report["linears"]) == 21
     assert all(row["sparsity"] == 0.5 and 0 < row["error"] < 1 for row in report["linears"])
-    assert all(row["gap"] < 0.05 and row["tokens"] == 8 * 64 for row in report["linears"])
+    assert all(row["gap"] < 0.1 and row["tokens"] == 8 * 64 for row in report["linears"])
 
     model = hf.AutoModelForCausalLM.from_pretrained(out)
     for weight in ap.find_linears(model.model.layers).values():
@@ -1105,7 +1151,7 @@ def test_pruning_a_trained_model_ranks_the_methods(tokenizer):
     ids = ap.tokenize(tokenizer, DOCS)
     train, calibration, test = ids[:-40_000], ids[-40_000:-20_000], ids[-20_000:]
     size = dict(vocab_size=512, hidden_size=96, intermediate_size=192, max_position_embeddings=64)
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**dict(SMALL, **size)))
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**dict(LLAMA, **size)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(300):
         starts = torch.randint(len(train) - 64, (16,))
