@@ -65,6 +65,12 @@ class Constants:
     saliency: bool = True  # rank weights as optimal brain surgeon does, not as Wanda does
     correction: float = 0.5  # how much of what earlier blocks lost to win back: see `correct`
 
+    def __post_init__(self):
+        if not self.rho or min(self.rho) <= 0 or self.damping < 0 or not 0 <= self.correction <= 1:
+            raise ValueError(f"not positive rho, damping >= 0 and correction in 0..1: {self}")
+        if not 1 <= self.mask_iterations <= self.iterations:
+            raise ValueError(f"mask_iterations must be in 1..iterations: {self}")
+
 
 PAPER = Constants(rho=(1.0,), mask_iterations=15, freeze_mask=True, saliency=False, correction=0.0)
 
@@ -101,7 +107,7 @@ def prune_weight(
     scale = scale.clamp(min=1e-8 * float(scale.max()) or 1.0)
     A = gram.float() / scale / scale[:, None]  # (in, in)
     A.diagonal().add_(damping)
-    if constants.saliency:  # scaled further, |W| is the loss without it once the others adapt
+    if constants.saliency:  # scaled further, W^2 is the loss without a weight once others adapt
         saliency = invert(A).diagonal().rsqrt()
         saliency /= saliency.log().mean().exp()
         scale = scale * saliency
@@ -112,8 +118,8 @@ def prune_weight(
     W, U, penalty = dense, torch.zeros_like(dense), 0.0
     for step in range(constants.iterations + 1):
         if not fixed and (step < constants.mask_iterations or not constants.freeze_mask):
-            progress = min(1.0, (step + 1) / constants.mask_iterations)
-            target = sparsity * (1 - (1 - progress) ** 3)
+            share = min(1.0, (step + 1) / constants.mask_iterations)
+            target = sparsity * (1 - (1 - share) ** 3)
             scores = (W + U).abs().split(rows or len(W))
             mask = torch.cat([select_mask(score, target, pattern) for score in scores])
         Z = (W + U) * mask
@@ -146,8 +152,8 @@ def select_mask(score: Tensor, sparsity: float, pattern: tuple[int, int] | None 
     """True at the largest scores (out, in), False at exactly round(sparsity * numel) of them. Of a
     pattern (N, M), the N largest in each group are safe: its sparsity must not exceed 1 - N/M."""
     if pattern:
-        groups = score.reshape(-1, pattern[1])
-        score = groups.scatter(1, groups.topk(pattern[0]).indices, torch.inf).view_as(score)
+        groups = score.unflatten(1, (-1, pattern[1]))  # (out, groups, M)
+        score = groups.scatter(2, groups.topk(pattern[0]).indices, torch.inf).flatten(1)
     flat = score.flatten()
     zeros = round(sparsity * len(flat))
     if zeros == 0:
@@ -213,6 +219,7 @@ def assess(weight: Tensor, pruned: Tensor, gram: Tensor, damping: float = 0.1) -
 METHODS = ("admm-grad", "admm", "wanda", "magnitude")
 
 
+@torch.no_grad()
 def prune_by(
     method: str, weight: Tensor, gram: Tensor, sparsity: float = 0.5,
     pattern: tuple[int, int] | None = None, *, rows: list[int] | None = None,
@@ -228,14 +235,14 @@ def prune_by(
     if method == "admm-grad":
         return prune_weight(weight, gram, sparsity, pattern, rows=rows, constants=constants)
     score, columns = weight.float().abs(), weight.shape[1]
-    if method == "magnitude":
-        sparsity = 1 - pattern[0] / pattern[1] if pattern else sparsity
-        parts = score.split(rows or len(score))
-        mask = torch.cat([select_mask(part, sparsity, pattern) for part in parts])
-    else:  # ranking each row by itself is N:M with the whole row as the group
+    if method != "magnitude":  # ranking each row by itself is N:M with the whole row as the group
+        score = score * (gram if gram.ndim == 1 else gram.diagonal()).float().sqrt()
         pattern = pattern or (columns - round(sparsity * columns), columns)
-        norm = (gram if gram.ndim == 1 else gram.diagonal()).float().sqrt()
-        mask = select_mask(score * norm, 1 - pattern[0] / pattern[1], pattern)
+    if not score.isfinite().all():
+        raise ValueError("the weight or its Gram matrix holds NaN or infinite values")
+    sparsity = 1 - pattern[0] / pattern[1] if pattern else sparsity
+    scores = score.split(rows or len(score))
+    mask = torch.cat([select_mask(score, sparsity, pattern) for score in scores])
     if method == "admm":
         return prune_weight(weight, gram, mask=mask, constants=constants)
     return torch.where(mask, weight, 0.0)
@@ -439,12 +446,12 @@ class Capture(TorchFunctionMode):
     def add(self, dense: dict[str, Tensor], seqlen: int) -> None:
         """Adds the inputs X' of a sequence to the Gram matrices and, with those in the dense model,
         X, to the (X - X')^T X' for `correct`. Not for experts, which see other tokens in each
-        model, nor for the last linear of a block, which does better without."""
+        model, nor for the linear that is multiplied last in a block: it does better without."""
         self.tokens += self.received
         inputs = self.take()
-        whole = [name for name, x in inputs.items() if len(x) == seqlen and kind_of(name) == name]
         for name, x in inputs.items():
-            comparable = name in whole[:-1] and len(dense.get(name, ())) == seqlen
+            comparable = len(x) == len(dense.get(name, ())) == seqlen and name != [*inputs][-1]
+            comparable &= kind_of(name) == name
             if name not in self.grams:
                 self.grams[name] = self.zeros(x)
                 self.crosses[name] = self.zeros(x) if comparable else None
@@ -531,8 +538,10 @@ class BlockWalk:
         self.model, self.tokens, self.device = model, tokens.to(device), device
         self.blocks = find_blocks(model)
         self.depth = len(self.blocks)
-        self.beside = [None] * self.depth  # how much a block returns beside hidden states, if so
+        self.beside = [None] * self.depth  # None: the block returns a tensor; n: n more in a tuple
         self.pinned = device.type == "cuda"  # from there a GPU copies while the CPU goes on
+        self.wanted = self.state = None  # the block to run and the hidden states before it
+        self.turn, self.latest, self.extras = 0, None, []  # the next block, what the last returned
 
     def __enter__(self):
         with ExitStack() as undo:
@@ -587,7 +596,7 @@ class BlockWalk:
         if any(id(value) in extras for value in (*args, *kwargs.values())):
             raise ValueError("its blocks hand on more than hidden states")
         self.turn += 1
-        if 0 < index == self.wanted or index + 1 == self.depth == self.wanted:
+        if 0 < index == self.wanted or index + 1 == self.depth == self.wanted:  # or for the logits
             hidden = self.state.to(self.device, non_blocking=self.pinned, copy=True)
         if index == self.wanted:
             output = forward(hidden, *args, **kwargs)
@@ -712,16 +721,18 @@ def prune_model(
     Raises: ValueError if an argument or the model does not fit, before anything is pruned, or for
         what went wrong in a block, which it names.
     """
-    check_model(model, sparsity, pattern, method, constants)
+    check_model(model, sparsity, pattern, method)
     device, (rank, world) = use_device(device), ranks()
     if len(tokens) < world:
         raise ValueError(f"{len(tokens)} calibration sequences are too few for {world} ranks")
-    mark = partial and fingerprint(model, tokens, (sparsity, pattern, method, constants))
+    mark = partial and fingerprint(
+        model, tokens, (sparsity, pattern, method, constants, device.type)
+    )
     if partial and any(not p.name.startswith(mark) for p in partial.glob("*.safetensors")):
         raise ValueError(f"{partial} is of a run with other settings, texts, weights or code: "
                          "delete it or choose another --save")  # fmt: skip
-    paths = sorted(partial.glob("*.safetensors")) if partial else []
-    finished = from_all_ranks({path for path in paths if is_whole(path)})[0]
+    paths = partial.glob("*.safetensors") if partial else ()
+    finished = from_all_ranks({path: read_block(path) for path in paths})[0]
     share, n_of_m = parse_sparsity(sparsity, pattern)
     solve = functools.partial(prune_by, sparsity=share, pattern=n_of_m, constants=constants)
     correcting = method == "admm-grad" and constants.correction > 0
@@ -733,14 +744,12 @@ def prune_model(
         for index in progress(walk.depth, method):
             path = partial and partial / f"{mark}-{index:04}.safetensors"
             context = f"block {index}" + (", from where the same call goes on" if partial else "")
-            with walk.visiting(index) as block, explain(context, FAILURES):
-                if path in finished:
+            with explain(context, FAILURES), walk.visiting(index) as block:
+                found = finished.get(path)
+                if found is not None:
                     if correcting:
                         walk.run(index, dense)
                     block.load_state_dict(load_file(path))
-                    with safe_open(path, "pt") as file:
-                        found = json.loads(file.metadata()["records"])
-                    records += [Record(**record) for record in found]
                 else:
                     capture = Capture(block, diagonal=method in ("wanda", "magnitude"))
                     for row in range(len(tokens)):
@@ -758,7 +767,7 @@ def prune_model(
                     found = prune_block(index, capture, method, solve)
                     if path and rank == 0:
                         save_block(path, block, found)
-                    records += found
+                records += found
                 if index + 1 < walk.depth:
                     walk.run(index, pruned)
     return records
@@ -793,12 +802,13 @@ def prune_block(index: int, capture: Capture, method: str, solve) -> list[Record
             if gram is not None and gram.ndim == 2:
                 error, gap = assess(goal, weight, gram, constants.damping)
             zeros, shape = int((weight == 0).sum()) / weight.numel(), tuple(weight.shape)
-            tokens = capture.tokens[name]
-            records.append(Record(index, name, shape, zeros, error, gap, tokens, seconds))
-    for name in weights if world > 1 else ():
-        whole = weights[name].contiguous()  # weights that are stored transposed are not
-        dist.broadcast(whole, next(owner for names, owner in owners.items() if name in names))
-        weights[name].copy_(whole)
+            seen = capture.tokens[name]
+            records.append(Record(index, name, shape, zeros, error, gap, seen, seconds))
+    for names in by_size if world > 1 else ():
+        for weight in (weights[name] for name in names):
+            whole = weight.contiguous()  # weights that are stored transposed are not
+            dist.broadcast(whole, owners[names])
+            weight.copy_(whole)
     place = {name: position for position, name in enumerate(weights)}
     return sorted(chain(*from_all_ranks(records)), key=lambda record: place[record.name])
 
@@ -820,16 +830,11 @@ def parse_sparsity(
     return 1 - n / m, (n, m)
 
 
-def check_model(model: nn.Module, sparsity, pattern, method, constants) -> None:
+def check_model(model: nn.Module, sparsity, pattern, method) -> None:
     """Raises a ValueError for what can be known before the weights are loaded: `model` may be on
     the meta device."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    c = constants
-    if not c.rho or min(c.rho) <= 0 or c.damping < 0 or not 0 <= c.correction <= 1:
-        raise ValueError(f"rho must be positive, damping not negative, correction in 0..1: {c}")
-    if not 1 <= c.mask_iterations <= c.iterations:
-        raise ValueError(f"mask_iterations must be at least 1 and at most iterations: {c}")
     if model.config.is_encoder_decoder:
         raise ValueError("this is an encoder-decoder model: only decoder-only ones are pruned")
     if getattr(model.config, "quantization_config", None):
@@ -847,8 +852,8 @@ def check_model(model: nn.Module, sparsity, pattern, method, constants) -> None:
 
 
 def fingerprint(model: nn.Module, tokens: Tensor, settings) -> str:
-    """A hash of what decides the result: the settings, the tokens, a sample of the weights (each
-    1009th), this file, and the versions of torch and transformers."""
+    """A hash of what decides the result (but for the order of sums): the settings, the tokens, a
+    sample of the weights (each 1009th), this file, and the versions of torch and transformers."""
     sha = hashlib.sha256(Path(__file__).read_bytes())
     sha.update(repr((settings, torch.__version__, transformers.__version__)).encode())
     for tensor in (tokens, *(p.detach().flatten()[::1009] for p in model.parameters())):
@@ -867,13 +872,13 @@ def save_block(path: Path, block: nn.Module, records: list[Record]) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a block's file was written to its end."""
+def read_block(path: Path) -> list[Record] | None:
+    """The records of a finished block; None if its file was not written to its end."""
     try:
-        with safe_open(path, "pt"):
-            return True
+        with safe_open(path, "pt") as file:
+            return [Record(**record) for record in json.loads(file.metadata()["records"])]
     except (OSError, SafetensorError):
-        return False
+        return None
 
 
 def not_pruned(model: nn.Module, records: list[Record]) -> dict[str, float]:
@@ -916,16 +921,11 @@ def load_config_and_tokenizer(model: str):
         return config, AutoTokenizer.from_pretrained(**where)
 
 
-def choose_dtype(name: str, config, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is the checkpoint's, or on a CPU, where 16 bits may be a
-    hundred times slower, float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    return config.dtype or torch.float32 if device.type != "cpu" else torch.float32
-
-
-def load_model(model: str, dtype: torch.dtype) -> nn.Module:
-    """The causal LM, on the host; the weights of a GGUF are dequantised."""
+def load_model(model: str, dtype: str, config, device: torch.device) -> nn.Module:
+    """The causal LM, on the host, in one of DTYPES: "auto" is the checkpoint's, or float32 on a
+    CPU, where 16 bits may be a hundred times slower. The weights of a GGUF are dequantised."""
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else config.dtype or "float32"
     where = locate(model)
     gguf = where.get("gguf_file")
     if gguf and hasattr(transformers, "GgufConfig"):  # releases without it always dequantise
@@ -957,10 +957,8 @@ def summarise(records: list[Record]) -> str:
         line = f"{kind:28} {shape:>13} {fmean(row.sparsity for row in rows):8.4f}"
         known = [row for row in rows if row.error is not None]
         if known:
-            by_depth = defaultdict(list)
-            for row in known:
-                by_depth[row.block].append(row.error)
-            errors = list(map(fmean, by_depth.values()))
+            blocks = dict.fromkeys(row.block for row in known)
+            errors = [fmean(row.error for row in known if row.block == block) for block in blocks]
             low, span = min(errors), max(errors) - min(errors) or 1.0
             bars = "".join("▁▂▃▄▅▆▇█"[int(7.99 * (error - low) / span)] for error in errors)
             error, gap = fmean(row.error for row in known), fmean(row.gap for row in known)
@@ -983,14 +981,15 @@ def output_folder(args: argparse.Namespace, sparsity: float) -> Path:
         raise ValueError(f"{folder} holds a pruned model already: choose another --save")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: choose another --save")
-    if not (folder.parent.is_dir() and os.access(folder.parent, os.W_OK)):
-        raise ValueError(f"{folder.parent} is not a folder to write into: choose another --save")
-    if folder.is_mount() or folder == Path.cwd():
-        raise ValueError(f"{folder} cannot be replaced: choose a new folder inside it for --save")
+    writable = folder.parent.is_dir() and os.access(folder.parent, os.W_OK)
+    if not writable or folder.is_mount() or folder == Path.cwd():
+        raise ValueError(
+            f"{folder} cannot be made: choose a new folder in a writable one for --save"
+        )
     return folder
 
 
-def run(args: argparse.Namespace, sparsity: float, constants: Constants) -> None:
+def prune_and_save(args: argparse.Namespace, sparsity: float, constants: Constants) -> None:
     """From the model's name to the pruned folder; all is checked before the weights are loaded."""
     folder, device = output_folder(args, sparsity), use_device(args.device)
     partial = folder.with_name(f"{folder.name}.partial")
@@ -998,11 +997,11 @@ def run(args: argparse.Namespace, sparsity: float, constants: Constants) -> None
     seqlen = cap_seqlen(args.seqlen, config)
     with torch.device("meta"), explain(f"cannot prune {args.model}"):
         skeleton = AutoModelForCausalLM.from_config(config)
-        check_model(skeleton, args.sparsity, args.pattern, args.method, constants)
+        check_model(skeleton, args.sparsity, args.pattern, args.method)
     with explain(f"cannot calibrate with {args.calibration}"):
         tokens = calibration_tokens(args.calibration, tokenizer, args.nsamples, seqlen, args.seed)
 
-    model = load_model(args.model, choose_dtype(args.dtype, config, device))
+    model = load_model(args.model, args.dtype, config, device)
     with explain("the model's generation settings cannot be saved"):
         with tempfile.TemporaryDirectory() as trial:
             model.generation_config.save_pretrained(trial)
@@ -1014,21 +1013,15 @@ def run(args: argparse.Namespace, sparsity: float, constants: Constants) -> None
         return
     effective = dict(sparsity=sparsity, seqlen=seqlen, device=device, save=folder)
     report = {
-        "settings": {**vars(args), **effective},
+        "settings": vars(args) | effective,
         "constants": asdict(constants),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "seconds": seconds,
         "not_pruned": not_pruned(model, records),
         "linears": [asdict(record) for record in records],
     }
-    print(summarise(records))
-    for kind, share in report["not_pruned"].items():
-        print(f"not pruned: {kind}, {share:.1%} of the parameters in the blocks")
-    spent = f"{seconds:.1f} s, {sum(record.seconds for record in records):.1f} s of them solving"
     if device.type == "cuda":
         report["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        spent += f"; peak memory of the GPU {report['peak_memory_gib']:.2f} GiB"
-    print(spent)
     whole = partial / "whole"
     with explain(f"cannot write {folder}, run again to go on from {partial}"):
         shutil.rmtree(whole, ignore_errors=True)  # left by a run that ended here
@@ -1038,6 +1031,12 @@ def run(args: argparse.Namespace, sparsity: float, constants: Constants) -> None
         (whole / "pruning_report.json").write_text(text, encoding="utf-8")
         whole.rename(folder)  # takes the place of an empty folder, never of a full one
         shutil.rmtree(partial)
+    print(summarise(records))
+    for kind, share in report["not_pruned"].items():
+        print(f"not pruned: {kind}, {share:.1%} of the parameters in the blocks")
+    print(f"{seconds:.1f} s, and {sum(record.seconds for record in records):.1f} s of solving")
+    if device.type == "cuda":
+        print(f"peak memory of the GPU {report['peak_memory_gib']:.2f} GiB")
     print(f"wrote {folder}; next: python eval_ppl.py --model {args.save or folder.name}")
 
 
@@ -1055,7 +1054,7 @@ def demo(args: argparse.Namespace, sparsity: float, constants: Constants) -> Non
     seqlen, nsamples = min(args.seqlen, 512), min(args.nsamples, 16)
     ids = tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
     halves = [half[: nsamples * seqlen].view(nsamples, seqlen) for half in ids.chunk(2)]
-    dense = load_model(path, choose_dtype(args.dtype, config, device))
+    dense = load_model(path, args.dtype, config, device)
     size = f"{nsamples} x {seqlen} tokens"
     print(f"SmolLM2-135M-Instruct at sparsity {sparsity:g}, {size} to calibrate, {size} to test")
     for method in ("dense", "magnitude", "wanda", "admm-grad"):
@@ -1086,6 +1085,8 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.model) == args.demo:
         parser.error("give either --model or --demo")
+    if args.demo and (args.save or args.method != "admm-grad" or args.calibration != "c4"):
+        parser.error("--demo has its own texts, compares the methods and saves nothing")
     if args.nsamples < 1 or args.seqlen < 2:
         parser.error("--nsamples must be at least 1 and --seqlen at least 2")
     if args.paper and args.method in ("wanda", "magnitude"):
@@ -1100,7 +1101,7 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # errors still show
     try:
         sparsity, _ = parse_sparsity(args.sparsity, args.pattern)
-        action = demo if args.demo else run
+        action = demo if args.demo else prune_and_save
         action(args, sparsity, PAPER if args.paper else Constants())
         if dist.is_initialized():
             from_all_ranks(None)  # all leave together
@@ -1108,7 +1109,8 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"admm_prune.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("admm_prune.py: interrupted; the same command goes on after the last whole block")
+        goes_on = "" if args.demo else "; the same command goes on after the last whole block"
+        sys.exit(f"admm_prune.py: interrupted{goes_on}")
 
 
 if __name__ == "__main__":

@@ -17,18 +17,8 @@ from itertools import islice
 import transformers
 from torch import Tensor
 
-from admm_prune import (
-    DTYPES,
-    cap_seqlen,
-    choose_dtype,
-    explain,
-    load_config_and_tokenizer,
-    load_documents,
-    load_model,
-    perplexity,
-    tokenize,
-    use_device,
-)  # fmt: skip
+import admm_prune as ap
+from admm_prune import perplexity
 
 
 def evaluation_tokens(
@@ -45,8 +35,8 @@ def evaluation_tokens(
         ValueError: the text cannot be read or has fewer than `seqlen` tokens.
     """
     split = "validation" if source == "c4" else "test"
-    with explain(f"cannot read the text {source}"):
-        ids = tokenize(tokenizer, " ".join(islice(load_documents(source, split), 1100)))
+    with ap.explain(f"cannot read the text {source}"):
+        ids = ap.tokenize(tokenizer, " ".join(islice(ap.load_documents(source, split), 1100)))
     limit = min(limit or 256, 256) if source == "c4" else limit
     count = min(len(ids) // seqlen, limit or len(ids))
     if count == 0:
@@ -61,19 +51,21 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--limit", type=int, help="the first so many windows only")
     parser.add_argument("--device", help="default: cuda, else cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's")
+    parser.add_argument(
+        "--dtype", choices=ap.DTYPES, default="auto", help="default: the checkpoint's"
+    )
     args = parser.parse_args()
     if args.seqlen < 2 or (args.limit is not None and args.limit < 1):
         parser.error("--seqlen must be at least 2 and --limit at least 1")
     transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
     try:
-        device = use_device(args.device)
-        config, tokenizer = load_config_and_tokenizer(args.model)
-        seqlen = cap_seqlen(args.seqlen, config)
+        device = ap.use_device(args.device)
+        config, tokenizer = ap.load_config_and_tokenizer(args.model)
+        seqlen = ap.cap_seqlen(args.seqlen, config)
         windows = evaluation_tokens(args.dataset, tokenizer, seqlen, args.limit)
-        dtype = choose_dtype(args.dtype, config, device)
-        result = perplexity(load_model(args.model, dtype), windows, device)
+        model = ap.load_model(args.model, args.dtype, config, device)
+        result = perplexity(model, windows, device)
     except ValueError as error:
         sys.exit(f"eval_ppl.py: {error}")
     except KeyboardInterrupt:
