@@ -391,9 +391,9 @@ class Capture(TorchFunctionMode):
                 name = f"{stack}.{expert}"
                 views += (name, matrix), (name, matrix.mT)  # one of them is (out, in)
         self.known = {self.key(view): (name, view) for name, view in views}
-        self.owners = {}  # parameter -> kind of its matrices
+        self.kinds = {}  # parameter -> kind of its matrices
         for name, p in block.named_parameters():
-            self.owners[id(p)] = kind_of(name.removesuffix(".weight") + ".0" * (p.ndim == 3))
+            self.kinds[id(p)] = kind_of(name.removesuffix(".weight") + ".0" * (p.ndim == 3))
         self.seen = set()  # kind, shape and strides of the weights that were multiplied
         self.misused = set()  # kinds of which a part was multiplied: they stay dense
         self.leader = {}  # name -> the first of those that receive the same tensor, as q, k, v do
@@ -414,7 +414,7 @@ class Capture(TorchFunctionMode):
             if not any(self.receive(x, weight) for x, weight in pairs):
                 for part in (a, b):
                     base = part if part._base is None else part._base
-                    self.misused.add(self.owners.get(id(base)))
+                    self.misused.add(self.kinds.get(id(base)))
         return func(*args, **(kwargs or {}))
 
     def receive(self, x: Tensor, weight: Tensor) -> bool:
@@ -465,7 +465,7 @@ class Capture(TorchFunctionMode):
         shape = like.shape[-1:] if self.diagonal else like.shape[-1:] * 2
         return torch.zeros(shape, device=like.device)
 
-    def groups(self) -> dict[tuple[str, ...], tuple[Tensor | None, Tensor | None]]:
+    def matrices(self) -> dict[tuple[str, ...], tuple[Tensor | None, Tensor | None]]:
         """The names that share an input, as q, k and v do -> this rank's part of its Gram matrix
         (of an expert that no token reached: None), and of what `correct` needs, or None.
 
@@ -481,7 +481,7 @@ class Capture(TorchFunctionMode):
             for name, view in self.known.values()
             if (kind_of(name), view.shape, view.stride()) in seen and kind_of(name) not in misused
         }
-        members, groups = defaultdict(list), {}
+        members, matrices = defaultdict(list), {}
         for name, weight in self.weights.items():
             leader = self.leader.get(name, name)
             members[leader].append(name)
@@ -490,11 +490,11 @@ class Capture(TorchFunctionMode):
             if self.tokens[leader] and leader not in self.grams:  # on other ranks
                 self.grams[leader] = self.zeros(weight)
         for leader, names in members.items():
-            groups[tuple(names)] = self.grams.pop(leader, None), self.crosses.pop(leader, None)
-        alike = [(names, cross is None) for names, (_, cross) in groups.items()]
+            matrices[tuple(names)] = self.grams.pop(leader, None), self.crosses.pop(leader, None)
+        alike = [(names, cross is None) for names, (_, cross) in matrices.items()]
         if any(other != alike for other in from_all_ranks(alike)):
             raise ValueError("linears share their inputs on some ranks, but not on others")
-        return groups
+        return matrices
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -679,8 +679,9 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
 
 # ---------------------------------------------------------------------------- pruning a model
 
-# What may go wrong within a block and is told with its name.
-FAILURES = ValueError, OSError, NotImplementedError, torch.OutOfMemoryError, LinAlgError
+# What may go wrong within a block and is told with its name: numbers, memory, disk, kernels on MPS.
+FAILURES = ValueError, LinAlgError, torch.OutOfMemoryError, OSError, SafetensorError
+FAILURES += (NotImplementedError,)
 
 
 @dataclass
@@ -777,16 +778,16 @@ def prune_block(index: int, capture: Capture, method: str, solve) -> list[Record
     """Prunes, in place, what `capture` saw of block `index`; the ranks share the work. `solve` is
     `prune_by` with the settings."""
     rank, world = ranks()
-    groups, weights, constants = capture.groups(), capture.weights, solve.keywords["constants"]
-    by_size = sorted(groups, key=lambda names: weights[names[0]].shape[1], reverse=True)
+    matrices, weights, constants = capture.matrices(), capture.weights, solve.keywords["constants"]
+    by_size = sorted(matrices, key=lambda names: weights[names[0]].shape[1], reverse=True)
     owners = {names: place % world for place, names in enumerate(by_size)}
     for names in by_size if world > 1 else ():
-        for total in groups[names]:
+        for total in matrices[names]:
             if total is not None:
                 dist.reduce(total, owners[names])
     records = []
     for names in (names for names in by_size if owners[names] == rank):
-        began, (gram, cross) = time.perf_counter(), groups.pop(names)
+        began, (gram, cross) = time.perf_counter(), matrices.pop(names)
         target, rows = torch.cat([weights[n] for n in names]), [len(weights[n]) for n in names]
         with explain(names[0], FAILURES):
             if gram is not None and gram.ndim == 2:

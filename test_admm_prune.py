@@ -490,7 +490,7 @@ def capture(model, tokens, diagonal=False, dense=None):
             with found:
                 walk.forward(1, row, state)
             found.add(inputs, tokens.shape[1])
-        return found.groups()
+        return found.matrices()
 
 
 def test_gram_matrices_and_cross_products_are_those_of_the_inputs():
@@ -608,6 +608,28 @@ def test_experts_and_linears_that_no_token_reaches():
     few = sum(0 < record.tokens < record.shape[1] for record in records)
     assert f"{few} saw fewer calibration tokens" in ap.summarise(records)
     assert "9 saw none, pruned by magnitude" in ap.summarise(records)
+
+
+def test_square_experts_are_pruned_the_way_they_are_multiplied():
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(4, 32, 32) / 6)
+
+        def forward(self, x):  # (1, tokens, 32): each expert is given all of them
+            return torch.bmm(x.expand(4, -1, -1), self.stack.transpose(1, 2)).mean(0, keepdim=True)
+
+    model, seen = make_model(), []
+    for layer in model.model.layers:
+        layer.mlp = Mlp()
+    stack = model.model.layers[0].mlp.stack.data.clone()
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    constants = Constants(correction=0.0)
+    ap.prune_model(model, make_tokens(), 0.5, constants=constants, device="cpu")
+    x = torch.cat(seen[4 : 4 + 5]).detach()  # four were the rehearsal's
+    for before, after in zip(stack, model.model.layers[0].mlp.stack, strict=True):
+        exact = ap.prune_weight(before, x.T @ x, 0.5)
+        torch.testing.assert_close(after.data, exact, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("order", ["abab", "aba", "bab", "abb"])
@@ -1050,11 +1072,12 @@ def test_a_killed_run_goes_on_to_the_same_result(folder, tmp_path):
     assert [row for row in second if row["block"] == 5] == noted
 
 
-def test_two_processes_give_the_result_of_one(folder, tmp_path):
+@pytest.mark.parametrize("method", ["admm", "admm-grad"])
+def test_two_processes_give_the_result_of_one(folder, tmp_path, method):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
-    subprocess.run(command(folder, one, "--method", "admm"), check=True)
-    both = command(folder, two, "--method", "admm", launcher=launcher)
+    subprocess.run(command(folder, one, "--method", method), check=True)
+    both = command(folder, two, "--method", method, launcher=launcher)
     done = subprocess.run(both, check=True, capture_output=True, text=True)
     assert done.stdout.count("mlp.down_proj") == done.stdout.count("wrote") == 1  # rank 0 alone
     first, second = (read_report(path)["linears"] for path in (one, two))
@@ -1064,7 +1087,7 @@ def test_two_processes_give_the_result_of_one(folder, tmp_path):
     weights = [load_file(path / "model.safetensors") for path in (one, two)]
     for name, weight in weights[0].items():  # but for a mask at the brink
         assert (weight - weights[1][name]).norm() < 0.05 * weight.norm()
-    bad = command(folder, again, "--method", "admm", "--nsamples", "1", launcher=launcher)
+    bad = command(folder, again, "--method", method, "--nsamples", "1", launcher=launcher)
     done = subprocess.run(bad, capture_output=True, text=True)
     assert done.returncode != 0 and "1 calibration sequences are too few for 2" in done.stderr
 
