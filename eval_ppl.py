@@ -51,9 +51,8 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--limit", type=int, help="the first so many windows only")
     parser.add_argument("--device", help="default: cuda, else cpu")
-    parser.add_argument(
-        "--dtype", choices=ap.DTYPES, default="auto", help="default: the checkpoint's"
-    )
+    dtype_help = "default: the checkpoint's; on a CPU float32"
+    parser.add_argument("--dtype", choices=ap.DTYPES, default="auto", help=dtype_help)
     args = parser.parse_args()
     if args.seqlen < 2 or (args.limit is not None and args.limit < 1):
         parser.error("--seqlen must be at least 2 and --limit at least 1")

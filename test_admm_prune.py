@@ -362,6 +362,7 @@ def test_half_precision_weights(dtype):
 @pytest.mark.parametrize(
     "change, message",
     [
+        (dict(mask=torch.ones(1, 40)), "no fit: weight (24, 40), mask (1, 40)"),
         (dict(weight=torch.ones(24, 39)), "no fit: weight (24, 39), Gram matrix (40, 40)"),
         (dict(gram=torch.ones(40, 41)), "no fit"),
         (dict(gram=torch.ones(40)), "no fit"),
@@ -379,7 +380,8 @@ def test_tensors_that_do_not_fit(change, message):
     [
         (dict(sparsity=-0.1), "at least 0 and below 1"),
         (dict(sparsity=math.nan), "at least 0 and below 1"),
-        (dict(pattern="2x4"), "must be N:M with 0 < N < M"),
+        (dict(pattern=(4, 2)), "a pattern N:M needs 0 < N < M"),
+        (dict(pattern=(2, 7)), "has 32 inputs, not a multiple of 7"),
         (dict(method="admm_grad"), "method must be one of admm-grad, admm, wanda, magnitude"),
     ],
 )
@@ -606,8 +608,8 @@ def test_experts_and_linears_that_no_token_reaches():
     for record in records:
         assert (record.error is None) == (record.tokens == 0) == record.name.endswith(".2")
     few = sum(0 < record.tokens < record.shape[1] for record in records)
-    assert f"{few} saw fewer calibration tokens" in ap.summarise(records)
-    assert "9 saw none, pruned by magnitude" in ap.summarise(records)
+    assert f"{few} of {len(records)} saw fewer calibration tokens" in ap.summarise(records)
+    assert "9 saw none and were pruned by magnitude" in ap.summarise(records)
 
 
 def test_square_experts_are_pruned_the_way_they_are_multiplied():
@@ -906,12 +908,14 @@ def test_command_line_in_a_process_of_its_own(folder, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mlp.down_proj" in done.stdout and "next: python eval_ppl.py" in done.stdout
-    assert done.stderr.splitlines()[-3:] == [f"admm-grad: block {n} of 3" for n in (1, 2, 3)]
+    assert done.stderr.splitlines()[-3:] == [
+        f"admm-grad: block {n} ({n + 1} of 3)" for n in range(3)
+    ]
     out = tmp_path / "tiny-admm-grad-2of4"
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
     report = json.loads((out / "pruning_report.json").read_text())
     assert report["constants"] == json.loads(json.dumps(dataclasses.asdict(Constants())))
-    assert report["settings"]["pattern"] == "2:4" and len(report["linears"]) == 21
+    assert report["settings"]["pattern"] == [2, 4] and len(report["linears"]) == 21
     assert all(row["sparsity"] == 0.5 and 0 < row["error"] < 1 for row in report["linears"])
     assert all(row["gap"] < 0.1 and row["tokens"] == 8 * 64 for row in report["linears"])
 
@@ -933,13 +937,14 @@ def test_command_line_in_a_process_of_its_own(folder, tmp_path):
     "arguments, message",
     [
         (["--sparsity", "1.5"], "sparsity must be at least 0 and below 1"),
-        (["--pattern", "4:2"], "pattern must be N:M"),
-        (["--pattern", "2:4", "--sparsity", "0.6"], "2:4 is sparsity 0.5"),
+        (["--pattern", "4:2"], "a pattern N:M needs 0 < N < M"),
+        (["--pattern", "2x4"], 2),
+        (["--pattern", "2:4", "--sparsity", "0.6"], 2),
         (["--pattern", "3:5"], "has 32 inputs, not a multiple of 5"),
         (["--calibration", "missing.txt"], "cannot calibrate with missing.txt"),
         (["--calibration", "short.txt"], "tokens, but --seqlen wants 64 in a row"),
         (["--save", "full"], "full exists and is not an empty folder"),
-        (["--save", "finished"], "finished holds a pruned model already"),
+        (["--save", "finished"], "finished holds a finished run: nothing to do"),
         (["--save", "calibration.txt"], "calibration.txt exists and is not an empty folder"),
         (["--save", "missing/out"], "missing/out cannot be made"),
         (["--save", "calibration.txt/out"], "calibration.txt/out cannot be made"),
@@ -1010,7 +1015,7 @@ def test_a_run_that_ends_while_saving_keeps_its_blocks_and_goes_on(
         ["--dtype", "float16"], ["--model", "heavier"],
     ):  # fmt: skip
         code = run(monkeypatch, *base, *other)
-        assert "out.partial is of a run with other settings, texts, weights or code: del" in code
+        assert "out.partial is of a run with other settings, texts, weights, code or device" in code
     with monkeypatch.context() as patch:  # as if the module had been edited
         patch.setattr(Path, "read_bytes", lambda _: b"")
         assert "out.partial is of a run with other" in run(patch, *base)
@@ -1105,6 +1110,7 @@ def test_what_the_command_line_decides(folder, tmp_path, monkeypatch, capsys, op
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= written
     report = read_report(tmp_path / "out")
+    assert report["settings"]["dtype"] == f"torch.{dtype}"
     assert report["settings"]["sparsity"] == 0.5 and report["settings"]["seqlen"] == 64
     assert report["constants"]["rho"] == [1.0] and report["constants"]["correction"] == 0.0
 
