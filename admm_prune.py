@@ -103,10 +103,8 @@ def prune_weight(
     damping, ladder, fixed = constants.damping, constants.rho, mask is not None
     sparsity = 1 - pattern[0] / pattern[1] if pattern else sparsity
 
-    # With features scaled to unit norm, one rho suits all of them, and |W| is Wanda's score. A
-    # feature that was never active gets so little that its weights are the first to go.
-    scale = gram.diagonal().float().sqrt()  # (in,)
-    scale = scale.clamp(min=1e-8 * float(scale.max()) or 1.0)  # 1 where no feature was active
+    # With features scaled to unit norm, one rho suits all of them, and |W| is Wanda's score.
+    scale = feature_norms(gram).float()  # (in,)
     A = gram.float() / scale / scale[:, None]  # (in, in)
     A.diagonal().add_(damping)
     if constants.saliency:  # scaled by s too, W^2 is the loss without a weight once others adapt
@@ -139,6 +137,13 @@ def prune_weight(
         W = dense + rho * multiply(Z - U - dense, inverse, step < constants.iterations - 4)
 
 
+def feature_norms(gram: Tensor) -> Tensor:
+    """sqrt(diag(gram)), (in_features,); of a feature that was never active it is so small that its
+    weights are the first to go, but not 0."""
+    norms = gram.diagonal().sqrt()
+    return norms.clamp(min=1e-8 * float(norms.max()) or 1.0)
+
+
 def invert(A: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(A))
 
@@ -163,7 +168,8 @@ def select_mask(score: Tensor, sparsity: float, pattern: tuple[int, int] | None 
     threshold = kth_smallest(flat, zeros)
     mask = flat > threshold
     missing = len(flat) - zeros - int(mask.sum())
-    mask[(flat == threshold).nonzero()[:missing, 0]] = True  # the first of the ties survive
+    if missing:  # ties at the threshold: the first of them survive
+        mask[(flat == threshold).nonzero()[:missing, 0]] = True
     return mask.view_as(score)
 
 
@@ -195,7 +201,7 @@ def correct(
         gram: G = X'^T X' of the inputs X' in the pruned model, (in_features, in_features).
         cross: C = (X - X')^T X' with the inputs X in the dense model, (in_features, in_features).
     """
-    scale = gram.diagonal().sqrt().clamp(min=1e-30)
+    scale = feature_norms(gram)
     A = gram / scale / scale[:, None]  # of unit diagonal, to be solved accurately
     A.diagonal().add_(damping)
     lost = (weight.to(gram.dtype) @ cross / scale).T
@@ -213,7 +219,7 @@ def assess(weight: Tensor, pruned: Tensor, gram: Tensor, damping: float = 0.1) -
     diagonal, kept, measures = gram.diagonal(), pruned != 0, []
     for D in (weight - pruned.float(), weight.float()):
         DG = D @ gram
-        gradient = (DG + damping * D * diagonal) / diagonal.sqrt().clamp(min=1e-30)
+        gradient = (DG + damping * D * diagonal) / feature_norms(gram)
         measures.append(torch.stack([(DG * D).sum(), gradient[kept].norm()]))
     return tuple((measures[0] / measures[1].clamp(min=1e-30)).tolist())
 
