@@ -216,10 +216,10 @@ def assess(weight: Tensor, pruned: Tensor, gram: Tensor, damping: float = 0.1) -
 
     Args: `weight` and `pruned` (out_features, in_features), `gram` (in_features, in_features).
     """
-    diagonal, kept, measures = gram.diagonal(), pruned != 0, []
+    diagonal, norms, kept, measures = gram.diagonal(), feature_norms(gram), pruned != 0, []
     for D in (weight - pruned.float(), weight.float()):
         DG = D @ gram
-        gradient = (DG + damping * D * diagonal) / feature_norms(gram)
+        gradient = (DG + damping * D * diagonal) / norms
         measures.append(torch.stack([(DG * D).sum(), gradient[kept].norm()]))
     return tuple((measures[0] / measures[1].clamp(min=1e-30)).tolist())
 
@@ -457,9 +457,10 @@ class Capture(TorchFunctionMode):
         model, nor for the linear that is multiplied last in a block: it does better without."""
         self.tokens += self.received
         inputs = self.take()
+        last = next(reversed(inputs), None)
         for name, x in inputs.items():
-            comparable = len(x) == len(dense.get(name, ())) == seqlen and name != [*inputs][-1]
-            comparable &= kind_of(name) == name
+            comparable = len(x) == len(dense.get(name, ())) == seqlen
+            comparable &= name != last and kind_of(name) == name
             if name not in self.grams:
                 self.grams[name] = self.zeros(x)
                 self.crosses[name] = self.zeros(x) if comparable else None
@@ -577,7 +578,10 @@ class BlockWalk:
                     undo.callback(setattr, tensor, "data", tensor.data)
                     tensor.data = tensor.data.to(self.device)
             for index, block in enumerate(self.blocks):
-                change(block, "forward", functools.partial(self._block, index, block.forward))
+                first = next(iter(inspect.signature(block.forward).parameters))
+                change(
+                    block, "forward", functools.partial(self._block, index, block.forward, first)
+                )
             self.leave = undo.pop_all().close
         return self
 
@@ -594,14 +598,13 @@ class BlockWalk:
         finally:
             block.to(home)
 
-    def _block(self, index, forward, /, *args, **kwargs):
-        """Takes the place of the forward of block `index`."""
-        first = next(iter(inspect.signature(forward).parameters))
+    def _block(self, index, forward, first, /, *args, **kwargs):
+        """Takes the place of the forward of block `index`, whose first parameter is `first`."""
         hidden, *args = args or [kwargs.pop(first)]
         if index != self.turn or (index > 0 and hidden is not self.latest):
             raise ValueError("not every block is called once, in turn, on what the last returned")
-        extras = [id(extra) for extra in self.extras if extra is not None]
-        if any(id(value) in extras for value in (*args, *kwargs.values())):
+        returned = {id(extra) for extra in self.extras if extra is not None}
+        if any(id(value) in returned for value in (*args, *kwargs.values())):
             raise ValueError("its blocks hand on more than hidden states")
         self.turn += 1
         if 0 < index == self.wanted or index + 1 == self.depth == self.wanted:  # or for the logits
@@ -735,13 +738,12 @@ def prune_model(
     device, (rank, world) = use_device(device), ranks()
     if len(tokens) < world:
         raise ValueError(f"{len(tokens)} calibration sequences are too few for {world} ranks")
-    mark = partial and fingerprint(
-        model, tokens, (sparsity, pattern, method, constants, device.type)
-    )
-    if partial and any(not p.name.startswith(mark) for p in partial.glob("*.safetensors")):
+    settings = (sparsity, pattern, method, constants, device.type)
+    mark = partial and fingerprint(model, tokens, settings)
+    paths = [*partial.glob("*.safetensors")] if partial else []
+    if any(not path.name.startswith(mark) for path in paths):
         raise ValueError(f"{partial} is of a run with other settings, texts, weights, code or "
                          "device: delete it or choose another --save")  # fmt: skip
-    paths = partial.glob("*.safetensors") if partial else ()
     finished = from_all_ranks({path: read_block(path) for path in paths})[0]
     if finished and rank == 0:
         print(f"going on: {len(finished)} blocks are in {partial}", file=sys.stderr)
@@ -763,18 +765,7 @@ def prune_model(
                     block.load_state_dict(load_file(path))
                 else:
                     capture = Capture(block, diagonal=method in ("wanda", "magnitude"))
-                    for row in range(len(tokens)):
-                        inputs = {}  # in the dense model; up to block 0 both models are one
-                        if correcting and index > 0:
-                            with capture:
-                                output = walk.forward(index, row, dense[row])
-                            walk.keep(dense, row, output)
-                            inputs = capture.take()
-                        with capture:
-                            output = walk.forward(index, row, pruned[row])
-                        if correcting and index == 0:
-                            walk.keep(dense, row, output)
-                        capture.add(inputs, tokens.shape[1])
+                    capture_block(walk, index, capture, dense if correcting else None, pruned)
                     found = prune_block(index, capture, method, solve)
                     if path and rank == 0:
                         save_block(path, block, found)
@@ -782,6 +773,25 @@ def prune_model(
                 if index + 1 < walk.depth:
                     walk.run(index, pruned)
     return records
+
+
+def capture_block(
+    walk: BlockWalk, index: int, capture: Capture, dense: list | None, pruned: list
+) -> None:
+    """Runs all sequences through block `index`, while it is dense, for `capture` to see: from the
+    hidden states of the pruned model and, unless None, those of the dense one, which go on."""
+    for row, state in enumerate(pruned):
+        inputs = {}  # in the dense model; before block 0 both models are one
+        if dense is not None and index > 0:
+            with capture:
+                output = walk.forward(index, row, dense[row])
+            walk.keep(dense, row, output)
+            inputs = capture.take()
+        with capture:
+            output = walk.forward(index, row, state)
+        if dense is not None and index == 0:
+            walk.keep(dense, row, output)
+        capture.add(inputs, walk.tokens.shape[1])
 
 
 def prune_block(index: int, capture: Capture, method: str, solve) -> list[Record]:
@@ -1000,9 +1010,10 @@ def prune_and_save(args: argparse.Namespace, constants: Constants) -> None:
         tokens = calibration_tokens(args.calibration, tokenizer, args.nsamples, seqlen, args.seed)
 
     model = load_model(args.model, args.dtype, config, device)
-    with explain("the model's generation settings cannot be saved"):
-        with tempfile.TemporaryDirectory() as trial:
-            model.generation_config.save_pretrained(trial)
+    if model.can_generate():
+        with explain("the model's generation settings cannot be saved"):
+            with tempfile.TemporaryDirectory() as trial:
+                model.generation_config.save_pretrained(trial)
     began = time.perf_counter()
     records = prune_model(model, tokens, args.sparsity, pattern=args.pattern, method=args.method,
                           constants=constants, device=device, partial=partial)  # fmt: skip
@@ -1095,8 +1106,8 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.model) == args.demo:
         parser.error("give either --model or --demo")
-    other = args.save or args.seed or args.method != "admm-grad" or args.calibration != "c4"
-    if args.demo and other:
+    ignored = args.save or args.seed or args.method != "admm-grad" or args.calibration != "c4"
+    if args.demo and ignored:
         parser.error("--demo has its own texts, compares the methods and saves nothing")
     if args.nsamples < 1 or args.seqlen < 2:
         parser.error("--nsamples must be at least 1 and --seqlen at least 2")
