@@ -1114,8 +1114,11 @@ def main() -> None:
     if args.paper and args.method in ("wanda", "magnitude"):
         parser.error("--paper sets constants of ADMM: it goes with admm-grad and admm only")
     transformers.utils.logging.disable_progress_bar()
-    if dist.is_torchelastic_launched():  # a rank may wait long while another saves or evaluates
-        gpu, day = torch.cuda.is_available(), timedelta(days=1)
+    if dist.is_torchelastic_launched():
+        # Imported after the process group exists, as loading a model does, its functions would hold
+        # the group, whose threads outlive `destroy_process_group` and aborted one run in nine.
+        importlib.import_module("torch.distributed.nn")
+        gpu, day = torch.cuda.is_available(), timedelta(days=1)  # others wait while rank 0 saves
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=day)
