@@ -136,7 +136,7 @@ def prune_weight(
             R = None  # frees the last one, 3.3 GB for LLaMA-2-70B
             R, last = invert(A).mul_(rho), rho
         # The paper's (B + rho (Z - U)) (A + rho I)^-1, B = dense A, as a step away from `dense`:
-        # rounding that to bfloat16, in all but the last four, moves a layer's error by 0.1 % at most.
+        # rounding that to bfloat16, but for the last four, moves a layer's error by 0.1 % at most.
         W = dense + multiply(Z - U - dense, R, step < constants.iterations - 4)
 
 

@@ -1,5 +1,6 @@
-"""Tests: `pytest`. No network, two and a half minutes on two cores. The mathematics is checked against
-independent computations in float64, the traversal against the models' own forward passes."""
+"""Tests: `pytest`. No network, two and a half minutes on two cores. The mathematics is checked
+against independent computations in float64, the traversal against the models' own forward passes.
+"""
 
 import dataclasses
 import functools
