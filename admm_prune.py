@@ -43,7 +43,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.linalg import LinAlgError
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -90,11 +89,13 @@ def prune_weight(
         gram: X^T X over all calibration tokens, (in_features, in_features) float32.
         sparsity: share of zeros: round(sparsity * numel), or more if `weight` has more already.
         pattern: (N, M): N of each M consecutive inputs survive; it implies the sparsity.
-        mask: a fixed support (True = keep), shaped as `weight`: only the values are updated.
+        mask: a fixed support (True = keep), shaped as `weight`, in place of the three others: only
+            the values are updated.
         rows: of a stack, the out_features of each matrix, each of which is ranked by itself.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
-    Raises: ValueError if weight and Gram matrix do not fit or are not finite.
+    Raises: ValueError for a sparsity outside 0..1, or if weight and Gram matrix do not fit or are
+        not finite.
     """
     if weight.ndim != 2 or gram.shape != (weight.shape[1],) * 2:
         raise ValueError(f"no fit: weight {tuple(weight.shape)}, Gram matrix {tuple(gram.shape)}")
@@ -104,6 +105,8 @@ def prune_weight(
         raise ValueError("the weight or its Gram matrix holds NaN or infinite values")
     damping, ladder, fixed = constants.damping, constants.rho, mask is not None
     sparsity = 1 - pattern[0] / pattern[1] if pattern else sparsity
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be at least 0 and below 1, not {sparsity}")
 
     # With features scaled to unit norm, one rho suits all of them, and |W| is Wanda's score.
     scale = feature_norms(gram).float()  # (in,)
@@ -122,9 +125,9 @@ def prune_weight(
         U += W  # U + W - Z in two halves, as the sum is what the mask is selected from
         if not fixed and (step < constants.mask_iterations or not constants.freeze_mask):
             share = min(1.0, (step + 1) / constants.mask_iterations)
-            target = sparsity * (1 - (1 - share) ** 3)
+            current = sparsity * (1 - (1 - share) ** 3)
             scores = U.abs().split(rows or len(U))
-            mask = torch.cat([select_mask(score, target, pattern) for score in scores])
+            mask = torch.cat([select_mask(score, current, pattern) for score in scores])
         Z = U * mask
         if step == constants.iterations:
             return (Z / scale).to(weight.dtype)
@@ -134,9 +137,9 @@ def prune_weight(
             U *= (last or rho) / rho  # what must stay is rho U, the unscaled dual
             A.diagonal().add_(rho - last)  # now A + rho I
             R = None  # frees the last one, 3.3 GB for LLaMA-2-70B
-            R, last = invert(A).mul_(rho), rho
+            R, last = invert(A).mul_(rho), rho  # rho (A + rho I)^-1
         # The paper's (B + rho (Z - U)) (A + rho I)^-1, B = dense A, as a step away from `dense`:
-        # rounding that to bfloat16, but for the last four, moves a layer's error by 0.1 % at most.
+        # rounding that to bfloat16, but for the last four, moved SmolLM2's errors by 0.1 % at most.
         W = dense + multiply(Z - U - dense, R, step < constants.iterations - 4)
 
 
@@ -397,21 +400,29 @@ class Capture(TorchFunctionMode):
     def __init__(self, block: nn.Module, diagonal: bool = False):
         """`diagonal`: gather only the diagonals, which is all that Wanda needs."""
         self.diagonal, views = diagonal, list(find_linears(block).items())
-        for stack, p in block.named_parameters():
-            for expert, matrix in enumerate(p.data if p.ndim == 3 else ()):
+        lists = [name for name, m in block.named_modules() if isinstance(m, nn.ModuleList)]
+        stacks = [name for name, p in block.named_parameters() if p.ndim == 3]
+        for stack in stacks:
+            for expert, matrix in enumerate(block.get_parameter(stack).data):
                 name = f"{stack}.{expert}"
                 views += (name, matrix), (name, matrix.mT)  # one of them is (out, in)
         self.known = {self.key(view): (name, view) for name, view in views}
-        self.kinds = {}  # parameter -> kind of its matrices
-        for name, p in block.named_parameters():
-            self.kinds[id(p)] = kind_of(name.removesuffix(".weight") + ".0" * (p.ndim == 3))
+        inside = tuple(f"{name}." for name in (*lists, *stacks))
+        self.kind = {  # of an expert, the name that all of its siblings have
+            name: kind_of(name) if name.startswith(inside) else name for name, _ in views
+        }
+        self.kind_of_parameter = {
+            id(p): self.kind.get(f"{name}.0" if p.ndim == 3 else name.removesuffix(".weight"))
+            for name, p in block.named_parameters()
+        }
         self.seen = set()  # kind, shape and strides of the weights that were multiplied
         self.misused = set()  # kinds of which a part was multiplied: they stay dense
         self.leader = {}  # name -> the first of those that receive the same tensor, as q, k, v do
         self.latest = None, 0, ""  # the last input, its version, and the leader that received it
         self.inputs = {}  # of the sequence under way: leader -> (tokens, in_features)
         self.received = Counter()  # of the sequence under way: name -> tokens
-        self.grams, self.crosses, self.tokens = {}, {}, Counter()
+        self.last = None  # the leader of the last product with more than a gate's one output
+        self.grams, self.crosses, self.tokens, self.weights = {}, {}, Counter(), {}
 
     @staticmethod
     def key(weight: Tensor) -> tuple:
@@ -425,7 +436,7 @@ class Capture(TorchFunctionMode):
             if not any(self.receive(x, weight) for x, weight in pairs):
                 for part in (a, b):
                     base = part if part._base is None else part._base
-                    self.misused.add(self.kinds.get(id(base)))
+                    self.misused.add(self.kind_of_parameter.get(id(base)))
         return func(*args, **(kwargs or {}))
 
     def receive(self, x: Tensor, weight: Tensor) -> bool:
@@ -435,16 +446,18 @@ class Capture(TorchFunctionMode):
             return False
         if weight.ndim == 3:  # experts given all tokens, as zeros those not routed to them
             return all([self.receive(t[t.any(-1)], w) for t, w in zip(x, weight, strict=True)])
-        self.seen.add((kind_of(name), weight.shape, weight.stride()))
+        self.seen.add((self.kind[name], weight.shape, weight.stride()))
         self.received[name] += x.numel() // x.shape[-1]
-        latest, version, leader = self.latest
-        if x is not latest or x._version != version or kind_of(name) != name:
+        (latest, version, leader), expert = self.latest, self.kind[name] != name
+        if expert or x is not latest or x._version != version:
             leader, rows = name, x.reshape(-1, x.shape[-1])
-            self.latest = x, x._version, leader
+            if not expert:
+                self.latest = x, x._version, leader
             if name in self.inputs:
                 self.inputs[name] = torch.cat([self.inputs[name], rows])
             elif len(rows):
                 self.inputs[name] = rows.clone()  # since it may be changed in place
+        self.last = leader if len(weight) > 1 else self.last
         if self.leader.setdefault(name, leader) != leader:
             raise ValueError(f"{name} shares its input with {leader} only some of the time")
         return True
@@ -454,16 +467,14 @@ class Capture(TorchFunctionMode):
         inputs, self.inputs, self.received, self.latest = self.inputs, {}, Counter(), (None, 0, "")
         return inputs
 
-    def add(self, dense: dict[str, Tensor], seqlen: int) -> None:
+    def add(self, dense_inputs: dict[str, Tensor], seqlen: int) -> None:
         """Adds the inputs X' of a sequence to the Gram matrices and, with those in the dense model,
         X, to the (X - X')^T X' for `correct`. Not for experts, which see other tokens in each
         model, nor for the linear that is multiplied last in a block: it does better without."""
         self.tokens += self.received
-        inputs = self.take()
-        last = next(reversed(inputs), None)
-        for name, x in inputs.items():
-            comparable = len(x) == len(dense.get(name, ())) == seqlen
-            comparable &= name != last and kind_of(name) == name
+        for name, x in self.take().items():
+            comparable = len(x) == len(dense_inputs.get(name, ())) == seqlen
+            comparable &= name != self.last and self.kind[name] == name
             if name not in self.grams:
                 self.grams[name] = self.zeros(x)
                 self.crosses[name] = self.zeros(x) if comparable else None
@@ -471,18 +482,18 @@ class Capture(TorchFunctionMode):
             if not comparable:
                 self.crosses[name] = None
             elif self.crosses[name] is not None:
-                add_product(self.crosses[name], dense[name] - x, x)
+                add_product(self.crosses[name], dense_inputs[name] - x, x)
 
     def zeros(self, like: Tensor) -> Tensor:
         shape = like.shape[-1:] if self.diagonal else like.shape[-1:] * 2
         return torch.zeros(shape, device=like.device)
 
-    def matrices(self) -> dict[tuple[str, ...], tuple[Tensor | None, Tensor | None]]:
+    def finish(self) -> dict[tuple[str, ...], tuple[Tensor | None, Tensor | None]]:
         """The names that share an input, as q, k and v do -> this rank's part of its Gram matrix
         (of an expert that no token reached: None), and of what `correct` needs, or None.
 
         A linear that is not among them stays dense: its products were not seen, or not as a whole.
-        `weights`, as (out, in) views, and `tokens` are complete from here on.
+        From here on `weights`, (out, in) views, and `tokens` are complete, and the sums are gone.
         """
         parts = from_all_ranks((self.seen, self.misused, self.tokens))
         seen, misused, tokens = zip(*parts, strict=True)
@@ -491,7 +502,8 @@ class Capture(TorchFunctionMode):
         self.weights = {  # an expert without tokens lies as the others of its kind
             name: view
             for name, view in self.known.values()
-            if (kind_of(name), view.shape, view.stride()) in seen and kind_of(name) not in misused
+            if (self.kind[name], view.shape, view.stride()) in seen
+            and self.kind[name] not in misused
         }
         members, matrices = defaultdict(list), {}
         for name, weight in self.weights.items():
@@ -693,9 +705,8 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
 
 # ---------------------------------------------------------------------------- pruning a model
 
-# What may go wrong within a block and is told with its name: numbers, memory, disk, kernels on MPS.
-FAILURES = ValueError, LinAlgError, torch.OutOfMemoryError, OSError, SafetensorError
-FAILURES += (NotImplementedError,)
+# What may go wrong within a block and is told with its name: numbers, memory, kernels, the disk.
+FAILURES = ValueError, RuntimeError, OSError, SafetensorError
 
 
 @dataclass
@@ -747,10 +758,11 @@ def prune_model(
     if any(not path.name.startswith(mark) for path in paths):
         raise ValueError(f"{partial} is of a run with other settings, texts, weights, code or "
                          "device: delete it or choose another --save")  # fmt: skip
-    finished = from_all_ranks({path: read_block(path) for path in paths})[0]
+    found = {path: read_block(path) for path in paths}
+    whole = {path: records for path, records in found.items() if records is not None}
+    finished = from_all_ranks(whole)[0]
     if finished and rank == 0:
         print(f"going on: {len(finished)} blocks are in {partial}", file=sys.stderr)
-    solve = functools.partial(prune_by, sparsity=sparsity, pattern=pattern, constants=constants)
     correcting = method == "admm-grad" and constants.correction > 0
     # Magnitude needs no inputs: one sequence, to see what is multiplied and how.
     tokens, records = tokens[rank::world] if method != "magnitude" else tokens[:1], []
@@ -769,7 +781,7 @@ def prune_model(
                 else:
                     capture = Capture(block, diagonal=method in ("wanda", "magnitude"))
                     capture_block(walk, index, capture, dense if correcting else None, pruned)
-                    found = prune_block(index, capture, method, solve)
+                    found = prune_block(index, capture, method, sparsity, pattern, constants)
                     if path and rank == 0:
                         save_block(path, block, found)
                 records += found
@@ -797,11 +809,13 @@ def capture_block(
         capture.add(inputs, walk.tokens.shape[1])
 
 
-def prune_block(index: int, capture: Capture, method: str, solve) -> list[Record]:
-    """Prunes, in place, what `capture` saw of block `index`; the ranks share the work. `solve` is
-    `prune_by` with the settings."""
+def prune_block(
+    index: int, capture: Capture, method: str, sparsity: float, pattern: tuple[int, int] | None,
+    constants: Constants,
+) -> list[Record]:  # fmt: skip
+    """Prunes, in place, what `capture` saw of block `index`; the ranks share the work."""
     rank, world = ranks()
-    matrices, weights, constants = capture.matrices(), capture.weights, solve.keywords["constants"]
+    matrices, weights = capture.finish(), capture.weights
     by_size = sorted(matrices, key=lambda names: weights[names[0]].shape[1], reverse=True)
     owners = {names: place % world for place, names in enumerate(by_size)}
     for names in by_size if world > 1 else ():
@@ -818,7 +832,11 @@ def prune_block(index: int, capture: Capture, method: str, solve) -> list[Record
             if cross is not None:
                 target = correct(target.float(), gram, cross, constants.correction)
             # Nothing is known of the inputs of an expert without a Gram matrix.
-            pruned = solve("magnitude" if gram is None else method, target, gram, rows=rows)
+            way = "magnitude" if gram is None else method
+            pruned = prune_by(way, target, gram, sparsity, pattern, rows=rows, constants=constants)
+            pruned = pruned.to(weights[names[0]].dtype)
+            if not pruned.isfinite().all():
+                raise ValueError(f"pruned weights are beyond {pruned.dtype}: use another --dtype")
         seconds = (time.perf_counter() - began) / len(names)
         for name, goal, result in zip(names, target.split(rows), pruned.split(rows), strict=True):
             weight, error, gap = weights[name], None, None
@@ -833,8 +851,8 @@ def prune_block(index: int, capture: Capture, method: str, solve) -> list[Record
             whole = weight.contiguous()  # weights that are stored transposed are not
             dist.broadcast(whole, owners[names])
             weight.copy_(whole)
-    place = {name: position for position, name in enumerate(weights)}
-    return sorted(chain(*from_all_ranks(records)), key=lambda record: place[record.name])
+    found = {record.name: record for record in chain(*from_all_ranks(records))}
+    return [found[name] for name in weights]
 
 
 def check_model(model: nn.Module, sparsity: float, pattern, method: str) -> None:
@@ -862,11 +880,14 @@ def check_model(model: nn.Module, sparsity: float, pattern, method: str) -> None
 
 
 def fingerprint(model: nn.Module, tokens: Tensor, settings) -> str:
-    """A hash of what decides the result (but for the order of sums): the settings, the tokens, a
-    sample of the weights (each 1009th), this file, and the versions of torch and transformers."""
+    """A hash of what decides the result (but for the order of sums): the settings, the tokens, the
+    config, a sample of the weights (each 1009th, of vectors all), this file, and the versions of
+    torch and transformers."""
     sha = hashlib.sha256(Path(__file__).read_bytes())
-    sha.update(repr((settings, torch.__version__, transformers.__version__)).encode())
-    for tensor in (tokens, *(p.detach().flatten()[::1009] for p in model.parameters())):
+    versions = torch.__version__, transformers.__version__
+    sha.update(repr((settings, versions, model.config.to_json_string())).encode())
+    sample = [p.detach().flatten()[:: 1009 if p.ndim > 1 else 1] for p in model.parameters()]
+    for tensor in (tokens, *sample):
         sha.update(f"{tensor.dtype}".encode() + tensor.double().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
 
@@ -923,8 +944,9 @@ def load_config_and_tokenizer(model: str):
     if model.startswith((".", "/", "~")) or "gguf_file" in where:
         if not (Path(model) / "config.json").is_file() and not Path(model).is_file():
             raise ValueError(f"{model} is neither a model folder with a config.json nor a file")
-    missing = [p for p in ("gguf", "accelerate") if not importlib.util.find_spec(p)]
-    if "gguf_file" in where and missing:
+    needed = ("gguf", "accelerate") if "gguf_file" in where else ()
+    missing = [package for package in needed if not importlib.util.find_spec(package)]
+    if missing:
         raise ValueError(f"to load {model}: pip install {' '.join(missing)}")
     with explain(f"cannot load {model}"):
         config = AutoConfig.from_pretrained(**where)

@@ -18,7 +18,6 @@ import transformers
 from torch import Tensor
 
 import admm_prune as ap
-from admm_prune import perplexity
 
 
 def evaluation_tokens(
@@ -64,7 +63,7 @@ def main() -> None:
         seqlen = ap.cap_seqlen(args.seqlen, config)
         windows = evaluation_tokens(args.dataset, tokenizer, seqlen, args.limit)
         model = ap.load_model(args.model, args.dtype, config, device)
-        result = perplexity(model, windows, device)
+        result = ap.perplexity(model, windows, device)
     except ValueError as error:
         sys.exit(f"eval_ppl.py: {error}")
     except KeyboardInterrupt:

@@ -367,6 +367,7 @@ def test_half_precision_weights(dtype):
         (dict(weight=torch.ones(24, 39)), "no fit: weight (24, 39), Gram matrix (40, 40)"),
         (dict(gram=torch.ones(40, 41)), "no fit"),
         (dict(gram=torch.ones(40)), "no fit"),
+        (dict(sparsity=60), "sparsity must be at least 0 and below 1, not 60"),
     ],
 )
 def test_tensors_that_do_not_fit(change, message):
@@ -498,7 +499,7 @@ def capture(model, tokens, diagonal=False, dense=None):
             with found:
                 walk.forward(1, row, state)
             found.add(inputs, tokens.shape[1])
-        return found.matrices()
+        return found.finish()
 
 
 def test_gram_matrices_and_cross_products_are_those_of_the_inputs():
@@ -677,6 +678,81 @@ def test_all_methods_on_bfloat16(method, kind):
     if kind == "opt":  # fc1 and fc2 are two kinds, of different shapes
         table = ap.summarise(records)
         assert "fc1 " in table and "48 x 32" in table and "fc2 " in table and "32 x 48" in table
+
+
+def test_linears_with_numbers_for_names_are_no_experts():
+    """As in nn.Sequential: corrected, with a Gram matrix in common, and dense if never called."""
+
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ffn = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+
+        def forward(self, x):
+            return self.ffn[2](self.ffn[0](x) * self.ffn[1](x))
+
+    model = make_model()
+    for layer in model.model.layers:
+        layer.mlp = Mlp()
+    groups = capture(model, make_tokens(), dense=lambda state: 2 * state)
+    assert groups["mlp.ffn.0", "mlp.ffn.1"][1] is not None and groups["mlp.ffn.2",][1] is None
+    assert not any("mlp.ffn.3" in names for names in groups)
+
+
+def test_a_gate_of_one_output_is_not_the_last_linear_of_a_block():
+    model = make_model()
+    for layer in model.model.layers:
+        gate = layer.mlp.gate = nn.Linear(32, 1)
+        layer.mlp.register_forward_hook(
+            lambda _, args, output, gate=gate: output * gate(args[0] + 1)
+        )
+    groups = capture(model, make_tokens(), dense=lambda state: 2 * state)
+    assert [*groups][-1] == ("mlp.gate",) and groups["mlp.gate",][1] is not None
+    assert groups["mlp.down_proj",][1] is None
+
+
+def test_a_stack_of_experts_of_which_a_part_is_multiplied_stays_dense():
+    class Mlp(nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.rows, self.weight = rows, nn.Parameter(torch.randn(4, 32, 32) / 6)
+
+        def forward(self, x):
+            whole, part = F.linear(x, self.weight[0]), F.linear(x, self.weight[1, : self.rows])
+            return torch.cat([whole[..., :16], part[..., :16]], dim=-1)
+
+    for rows in (16, 32):
+        model = make_model()
+        for layer in model.model.layers:
+            layer.mlp = Mlp(rows)
+        names = {record.name for record in prune_tiny(model)}
+        assert ("mlp.weight.3" in names) == (rows == 32)
+
+
+def test_weights_that_their_dtype_cannot_hold_are_an_error(monkeypatch):
+    monkeypatch.setattr(ap, "prune_by", lambda _, weight, *a, **k: weight.float() * 1e9)
+    with pytest.raises(ValueError, match=r"^block 0: mlp.down_proj: .* beyond torch.float16"):
+        prune_tiny(make_model().half())
+
+
+def test_the_fingerprint_knows_what_decides_the_result():
+    def mark(change=lambda model: None, tokens=make_tokens(), settings="0.5"):  # noqa: B008
+        model = make_model()
+        change(model)
+        return ap.fingerprint(model, tokens, settings)
+
+    def config(model):
+        model.config.rms_norm_eps *= 2
+
+    def norm(model):
+        model.model.layers[1].input_layernorm.weight.data[1] *= 2
+
+    def dtype(model):
+        model.bfloat16()
+
+    marks = [mark(), mark(config), mark(norm), mark(dtype), mark(settings="0.6")]
+    marks.append(mark(tokens=make_tokens(seed=5)))
+    assert mark() == marks[0] and len(set(marks)) == 6
 
 
 def prune_tiny(model):
@@ -1151,7 +1227,7 @@ def test_perplexity_command_line(folder, monkeypatch):
     assert evaluate(folder / "test.txt", "--seqlen", 1) == 2
 
 
-def test_the_readmes_python_lines_run_as_they_stand():
+def test_the_readmes_solver_snippet_runs_as_it_stands():
     readme = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
     blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
     exec(next(block for block in blocks if "prune_weight" in block), {})
