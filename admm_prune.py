@@ -62,7 +62,7 @@ class Constants:
     mask_iterations: int = 4  # projections until the mask has its sparsity (T in the paper)
     freeze_mask: bool = False  # keep that mask, instead of selecting it anew to the end
     saliency: bool = True  # rank weights as optimal brain surgeon does, not as Wanda does
-    correction: float = 0.5  # how much of what earlier blocks lost to win back: see `correct`
+    correction: float = 0.5  # what share of earlier blocks' losses `prune_model` tries to win back
 
     def __post_init__(self):
         if not self.rho or min(self.rho) <= 0 or self.damping < 0 or not 0 <= self.correction <= 1:
@@ -94,13 +94,15 @@ def prune_weight(
         rows: of a stack, the out_features of each matrix, each of which is ranked by itself.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
-    Raises: ValueError for a sparsity outside 0..1, or if weight and Gram matrix do not fit or are
-        not finite.
+    Raises: ValueError for a sparsity outside 0..1, or if the arguments do not fit each other or
+        are not finite.
     """
     if weight.ndim != 2 or gram.shape != (weight.shape[1],) * 2:
         raise ValueError(f"no fit: weight {tuple(weight.shape)}, Gram matrix {tuple(gram.shape)}")
     if mask is not None and mask.shape != weight.shape:
         raise ValueError(f"no fit: weight {tuple(weight.shape)}, mask {tuple(mask.shape)}")
+    if pattern and (not 0 < pattern[0] < pattern[1] or weight.shape[1] % pattern[1]):
+        raise ValueError(f"no fit: weight {tuple(weight.shape)}, pattern {pattern}")
     if not (weight.isfinite().all() and gram.isfinite().all()):
         raise ValueError("the weight or its Gram matrix holds NaN or infinite values")
     damping, ladder, fixed = constants.damping, constants.rho, mask is not None
@@ -321,6 +323,9 @@ def calibration_tokens(
 
 
 # ---------------------------------------------------------------- walk over the decoder blocks
+#
+# `Capture` adds up the matrices G and C while `BlockWalk` runs the model block by block. Whoever
+# wants the method alone may go on at `prune_model`.
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -863,7 +868,7 @@ def check_model(model: nn.Module, sparsity: float, pattern, method: str) -> None
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be at least 0 and below 1, not {sparsity}")
     if pattern and not 0 < pattern[0] < pattern[1]:
-        raise ValueError(f"a pattern N:M needs 0 < N < M, as in 2:4, not {pattern}")
+        raise ValueError("a pattern N:M needs 0 < N < M, as in 2:4, not {}:{}".format(*pattern))
     if model.config.is_encoder_decoder:
         raise ValueError("this is an encoder-decoder model: only decoder-only ones are pruned")
     if getattr(model.config, "quantization_config", None):
@@ -1068,7 +1073,8 @@ def prune_and_save(args: argparse.Namespace, constants: Constants) -> None:
     print(summarise(records))
     for kind, share in report["not_pruned"].items():
         print(f"not pruned: {kind}, {share:.1%} of the parameters in the blocks")
-    print(f"{seconds:.1f} s, and {sum(record.seconds for record in records):.1f} s of solving")
+    solving = sum(record.seconds for record in records)
+    print(f"{seconds:.1f} s in this run, {solving:.1f} s of solving in all")
     if device.type == "cuda":
         print(f"peak memory of the GPU {report['peak_memory_gib']:.2f} GiB")
     print(f"wrote {folder}; next: python eval_ppl.py --model {args.save or folder.name}")

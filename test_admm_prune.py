@@ -368,6 +368,8 @@ def test_half_precision_weights(dtype):
         (dict(gram=torch.ones(40, 41)), "no fit"),
         (dict(gram=torch.ones(40)), "no fit"),
         (dict(sparsity=60), "sparsity must be at least 0 and below 1, not 60"),
+        (dict(pattern=(4, 2)), "no fit: weight (24, 40), pattern (4, 2)"),
+        (dict(pattern=(3, 6)), "no fit: weight (24, 40), pattern (3, 6)"),  # into the next row
     ],
 )
 def test_tensors_that_do_not_fit(change, message):
@@ -408,11 +410,6 @@ def test_arguments_that_do_not_fit(change, message):
 def test_constants_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         Constants(**change)
-
-
-def test_groups_do_not_reach_into_the_next_row():
-    with pytest.raises(RuntimeError, match="unflatten"):
-        ap.prune_weight(torch.ones(4, 6), torch.eye(6), pattern=(2, 4))
 
 
 @pytest.mark.parametrize("method", ap.METHODS)
