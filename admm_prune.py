@@ -763,8 +763,8 @@ def prune_model(
     if any(not path.name.startswith(mark) for path in paths):
         raise ValueError(f"{partial} is of a run with other settings, texts, weights, code or "
                          "device: delete it or choose another --save")  # fmt: skip
-    found = {path: read_block(path) for path in paths}
-    whole = {path: records for path, records in found.items() if records is not None}
+    read = {path: read_block(path) for path in paths}
+    whole = {path: records for path, records in read.items() if records is not None}
     finished = from_all_ranks(whole)[0]
     if finished and rank == 0:
         print(f"going on: {len(finished)} blocks are in {partial}", file=sys.stderr)
