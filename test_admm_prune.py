@@ -171,8 +171,9 @@ def test_gram_matrices_of_half_precision_inputs_are_exact(dtype, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_iterations_may_be_coarse(monkeypatch, device):
-    """What a GPU, or here a CPU, computes in bfloat16 hardly moves the error."""
-    W, X = make_layer(out=400, columns=300, tokens=2000)
+    """What a GPU, or here a CPU, computes in bfloat16 moves the error by less than 0.1%, in a layer
+    so large that the weights at the brink of being pruned, a matter of chance, average out."""
+    W, X = make_layer(out=1600, columns=300, tokens=2000)
     G, exact = X.T @ X, ap.prune_weight(W, X.T @ X, 0.6)
 
     def multiply(a, b, coarse):
@@ -182,7 +183,7 @@ def test_the_iterations_may_be_coarse(monkeypatch, device):
         monkeypatch.setattr(ap, "multiply", multiply)
     coarse = ap.prune_weight(W.to(device), G.to(device), 0.6).cpu()
     assert not torch.equal(coarse, exact)
-    assert ap.assess(W, coarse, G)[0] == pytest.approx(ap.assess(W, exact, G)[0], rel=5e-3)
+    assert ap.assess(W, coarse, G)[0] == pytest.approx(ap.assess(W, exact, G)[0], rel=1e-3)
 
 
 def paper_reference(W, X, sparsity, iterations=20, T=15, damping=0.1):
