@@ -413,7 +413,7 @@ class Capture(TorchFunctionMode):
                 views += (name, matrix), (name, matrix.mT)  # one of them is (out, in)
         self.known = {self.key(view): (name, view) for name, view in views}
         inside = tuple(f"{name}." for name in (*lists, *stacks))
-        self.kind = {  # of an expert, the name that all of its siblings have
+        self.kind = {  # of an expert the name that its siblings have too, else the linear's own
             name: kind_of(name) if name.startswith(inside) else name for name, _ in views
         }
         self.kind_of_parameter = {
@@ -453,7 +453,8 @@ class Capture(TorchFunctionMode):
             return all([self.receive(t[t.any(-1)], w) for t, w in zip(x, weight, strict=True)])
         self.seen.add((self.kind[name], weight.shape, weight.stride()))
         self.received[name] += x.numel() // x.shape[-1]
-        (latest, version, leader), expert = self.latest, self.kind[name] != name
+        latest, version, leader = self.latest
+        expert = self.kind[name] != name
         if expert or x is not latest or x._version != version:
             leader, rows = name, x.reshape(-1, x.shape[-1])
             if not expert:
@@ -462,7 +463,8 @@ class Capture(TorchFunctionMode):
                 self.inputs[name] = torch.cat([self.inputs[name], rows])
             elif len(rows):
                 self.inputs[name] = rows.clone()  # since it may be changed in place
-        self.last = leader if len(weight) > 1 else self.last
+        if len(weight) > 1:
+            self.last = leader
         if self.leader.setdefault(name, leader) != leader:
             raise ValueError(f"{name} shares its input with {leader} only some of the time")
         return True
@@ -763,8 +765,7 @@ def prune_model(
     if any(not path.name.startswith(mark) for path in paths):
         raise ValueError(f"{partial} is of a run with other settings, texts, weights, code or "
                          "device: delete it or choose another --save")  # fmt: skip
-    read = {path: read_block(path) for path in paths}
-    whole = {path: records for path, records in read.items() if records is not None}
+    whole = {path: records for path in paths if (records := read_block(path)) is not None}
     finished = from_all_ranks(whole)[0]
     if finished and rank == 0:
         print(f"going on: {len(finished)} blocks are in {partial}", file=sys.stderr)
