@@ -10,11 +10,9 @@ time, as in pruning, so the model may be larger than its memory.
 """
 
 import argparse
-import sys
 import time
 from itertools import islice
 
-import transformers
 from torch import Tensor
 
 import admm_prune as ap
@@ -23,7 +21,7 @@ import admm_prune as ap
 def evaluation_tokens(
     source: str, tokenizer, seqlen: int = 2048, limit: int | None = None
 ) -> Tensor:
-    """The windows, (windows, seqlen) int64.
+    """Return the windows of a text, (windows, seqlen) int64.
 
     Args:
         source: "wikitext2" (test split), "c4" (the first 1100 validation documents, 256 windows,
@@ -34,7 +32,7 @@ def evaluation_tokens(
         ValueError: the text cannot be read or has fewer than `seqlen` tokens.
     """
     split = "validation" if source == "c4" else "test"
-    with ap.explain(f"cannot read the text {source}"):
+    with ap.error_context(f"cannot read {source}", Exception):
         ids = ap.tokenize(tokenizer, " ".join(islice(ap.load_documents(source, split), 1100)))
     limit = min(limit or 256, 256) if source == "c4" else limit
     count = min(len(ids) // seqlen, limit or len(ids))
@@ -55,19 +53,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.seqlen < 2 or (args.limit is not None and args.limit < 1):
         parser.error("--seqlen must be at least 2 and --limit at least 1")
-    transformers.utils.logging.disable_progress_bar()
+    ap.set_up_torch()
     began = time.perf_counter()
-    try:
-        device = ap.use_device(args.device)
-        config, tokenizer = ap.load_config_and_tokenizer(args.model)
-        seqlen = ap.cap_seqlen(args.seqlen, config)
+    with ap.exit_with_sentence("eval_ppl.py"):
+        device = ap.select_device(args.device)
+        skeleton, tokenizer = ap.load_skeleton(args.model)
+        seqlen = ap.limit_seqlen(args.seqlen, skeleton)
         windows = evaluation_tokens(args.dataset, tokenizer, seqlen, args.limit)
-        model = ap.load_model(args.model, args.dtype, config, device)
+        model = ap.load_model(args.model, args.dtype, skeleton.config, device)
         result = ap.perplexity(model, windows, device)
-    except ValueError as error:
-        sys.exit(f"eval_ppl.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("eval_ppl.py: interrupted")
     print(
         f"perplexity {result:.3f} on {args.dataset}: {len(windows)} windows of {seqlen}, "
         f"{windows.numel()} tokens, {time.perf_counter() - began:.0f} s"
