@@ -310,14 +310,13 @@ def prune_with(
     settings: Settings, weight: Tensor, gram: Tensor, sections: list[int] | None = None
 ) -> Tensor:
     """Return a weight pruned by the method of the settings; the rest is as in `prune_weight`."""
-    method, pattern, config = settings.method, settings.pattern, settings.config
-    if method == "admm-grad":
-        return prune_weight(
-            weight, gram, settings.sparsity, pattern, sections=sections, config=config
-        )
-    check_tensors(weight, gram, pattern)
+    config = settings.config
+    pattern = settings.pattern
     sparsity = final_sparsity(settings.sparsity, pattern)
-    if method == "magnitude":
+    if settings.method == "admm-grad":
+        return prune_weight(weight, gram, sparsity, pattern, sections=sections, config=config)
+    check_tensors(weight, gram, pattern)
+    if settings.method == "magnitude":
         mask = select_mask(weight.float(), sparsity, pattern, sections)
     else:
         if not pattern:  # N:M with a whole row as the group, which ranks each row by itself
@@ -325,7 +324,7 @@ def prune_with(
             pattern = (in_features - round(sparsity * in_features), in_features)
             sparsity = 1 - pattern[0] / pattern[1]
         mask = select_mask(weight.float() * gram.diagonal().sqrt(), sparsity, pattern)
-    if method == "admm":
+    if settings.method == "admm":
         return prune_weight(weight, gram, mask=mask, config=config)
     return torch.where(mask, weight, 0)
 
@@ -388,7 +387,7 @@ def prune_model(
         pruned_states = walk.embed()  # the hidden states of all sequences
         dense_states = None
         if settings.method == "admm-grad" and settings.config.correction > 0:
-            dense_states = pruned_states.clone()
+            dense_states = walk.embed()
         for index in progress_bar(walk.depth, settings.method):
             with walk.on_device(index) as block, error_context(f"block {index}"):
                 if finished.has(index):
@@ -403,6 +402,7 @@ def prune_model(
     return results
 
 
+@torch.no_grad()
 def prune_block(
     walk: "BlockWalk", index: int, dense_states: Tensor | None, pruned_states: Tensor,
     settings: Settings,
@@ -425,7 +425,6 @@ def prune_block(
     return share_results(groups, results)
 
 
-@torch.no_grad()
 def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[PrunedLinear]:
     """Prune the linear layers of a group, of block `index`, in place."""
     config = settings.config
@@ -557,81 +556,82 @@ class InterceptProducts(TorchFunctionMode):
 class GroupCollector:
     """Groups the linear layers of a block by their input and adds up the sums over it.
 
-    Layers are in a group if their products with the very same tensor follow one another. An expert
-    is a group of its own, since it may have no tokens on some ranks.
+    Layers are in a group if they are multiplied with the very same tensor, one after the other. An
+    expert is a group of its own, since no token may reach it on some ranks.
     """
 
     def __init__(self, block: nn.Module, seqlen: int):
         self.seqlen = seqlen
         self.experts = find_experts(block)
-        self.groups = {}  # name -> LinearGroup
-        self.received = Counter()  # name -> tokens
-        self.dense_inputs = defaultdict(list)  # name -> its inputs in the current sequence
-        self.previous_input = (None, 0)  # a tensor, and its version: that of changes in place
-        self.leader = None  # the first layer that received that tensor
-        self.last_leader = None  # leader of the layer multiplied last in the block
+        self.groups = {}  # name of a layer -> LinearGroup
+        self.received = Counter()  # name of a layer -> tokens
+        self.dense_inputs = defaultdict(list)  # name of a layer -> inputs in the current sequence
+        self.last_layer = None  # name of the layer multiplied last in the block
+        self.previous_input = None  # that of the product before, with its version: see `is_shared`
+        self.previous_group = None
 
     def keep_dense_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Keep an input in the dense model until `add_input` receives its counterpart.
 
-        Experts have none: in the pruned model, other tokens may be routed to them.
+        Experts have no counterparts: other tokens may be routed to them in the pruned model.
         """
-        leader = self.find_leader(name, x)
         one_row_per_token = x.shape[:-1].numel() == self.seqlen
-        if name == leader and name not in self.experts and one_row_per_token:
+        if one_row_per_token and not self.is_shared(name, x) and name not in self.experts:
             self.dense_inputs[name].append(x.clone())  # the block may change x in place
-        if len(weight) > 1:  # some blocks end with a gate of one output for the experts
-            self.last_leader = leader
+        if len(weight) > 1:  # a gate of one output, which scales the experts, may come last
+            self.last_layer = name
 
     def add_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Add an input in the pruned model to the sums of the layer's group."""
-        leader = self.find_leader(name, x)
+        is_shared = self.is_shared(name, x)
         if name not in self.groups:
-            self.add_group(name, leader, weight)
+            if is_shared:
+                self.groups[name] = self.previous_group
+            else:
+                self.add_group(name, weight)
         group = self.groups[name]
+        self.previous_group = group
         group.weights[name] = weight
-        X = x.reshape(-1, x.shape[-1]).float()  # (tokens, in_features)
-        self.received[name] += len(X)
-        if name != leader:  # the leader has added this input
+        self.received[name] += x.shape[:-1].numel()
+        if is_shared:  # the layer before has added this input
             return
+        X = x.reshape(-1, x.shape[-1]).float()  # (tokens, in_features)
         group.tokens += len(X)
         group.gram.addmm_(X.T, X)
-        if not self.dense_inputs[name]:
-            return
-        X_dense = self.dense_inputs[name].pop(0).reshape(X.shape).float()
-        if name == self.last_leader:  # correcting it makes the model worse
-            return
-        if group.cross is None:
-            group.cross = torch.zeros_like(group.gram)
-        group.cross.addmm_((X_dense - X).T, X)
+        if self.dense_inputs[name]:
+            X_dense = self.dense_inputs[name].pop(0).reshape(X.shape).float()
+            if name != self.last_layer:  # correcting that one makes the model worse
+                if group.cross is None:
+                    group.cross = torch.zeros_like(group.gram)
+                group.cross.addmm_((X_dense - X).T, X)
 
-    def find_leader(self, name: str, x: Tensor) -> str:
-        """Return the first of the layers that received the tensor x one after the other."""
-        tensor, version = self.previous_input
-        if x is not tensor or x._version != version or name in self.experts:
-            self.leader = name
+    def is_shared(self, name: str, x: Tensor) -> bool:
+        """Return whether x is the tensor of the product before, and not changed in place since."""
+        previous_input = self.previous_input
         self.previous_input = (x, x._version)
-        return self.leader
+        if previous_input is None or name in self.experts:
+            return False
+        return x is previous_input[0] and x._version == previous_input[1]
 
-    def add_group(self, name: str, leader: str, weight: Tensor) -> None:
-        """Put a layer into the leader's group, or into a new one. An expert's siblings get theirs
-        too: those that no token reaches are pruned as well."""
-        if name != leader:
-            self.groups[name] = self.groups[leader]
-            return
-        members = {name: weight}
+    def add_group(self, name: str, weight: Tensor) -> None:
+        """Create the group of a layer, and those of its siblings if it is an expert.
+
+        A sibling that no token reaches is pruned too, and must lie in memory as this expert does.
+        """
+        weights = {name: weight}
         if name in self.experts:
             is_transposed = weight.stride() != self.experts[name].stride()
-            for other, stored in self.experts.items():
-                if without_indices(other) == without_indices(name):
-                    members[other] = stored.mT if is_transposed else stored
-        in_features = weight.shape[1]
-        for member, view in members.items():
-            gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=view.device)
+            for sibling, stored in self.experts.items():
+                if without_indices(sibling) == without_indices(name):
+                    weights[sibling] = stored.mT if is_transposed else stored
+        for member, view in weights.items():
+            gram = torch.zeros(
+                view.shape[1], view.shape[1], dtype=torch.float32, device=view.device
+            )
             self.groups[member] = LinearGroup({member: view}, gram)
 
     def finish(self) -> list[LinearGroup]:
-        """Return the groups, with sums over all ranks and in the same order on all of them.
+        """Return the groups, with the sums over all ranks.
 
         Raises: ValueError if layers of a group have not all their inputs in common.
         """
@@ -676,26 +676,26 @@ class BlockWalk:
 
     def __enter__(self):
         model = self.model.eval()
-        with ExitStack() as stack:
+        with ExitStack() as changes:
             for config in (model.config, model.config.get_text_config(decoder=True)):
                 for name, value in (("return_dict", True), ("output_router_logits", False)):
                     if getattr(config, name, value) != value:
-                        stack.enter_context(mock.patch.object(config, name, value))
-            stack.callback(model.set_experts_implementation, model.get_experts_implementation())
-            model.set_experts_implementation("eager")  # a product for each expert
-            inside = {id(tensor) for tensor in tensors_of(self.blocks)}
+                        changes.enter_context(mock.patch.object(config, name, value))
+            changes.callback(model.set_experts_implementation, model.get_experts_implementation())
+            model.set_experts_implementation("eager")  # one product for each expert
+            inside_blocks = {id(tensor) for tensor in tensors_of(self.blocks)}
             for tensor in tensors_of(model):
-                if id(tensor) not in inside:
-                    stack.callback(setattr, tensor, "data", tensor.data)
+                if id(tensor) not in inside_blocks:
+                    changes.callback(setattr, tensor, "data", tensor.data)
                     tensor.data = tensor.data.to(self.device)
             for index, block in enumerate(self.blocks):
-                replacement = functools.partial(self.stand_in, index, block.forward)
-                stack.enter_context(mock.patch.object(block, "forward", replacement))
-            self.undo = stack.pop_all().close
+                stand_in = functools.partial(self.stand_in, index, block.forward)
+                changes.enter_context(mock.patch.object(block, "forward", stand_in))
+            self.changes = changes.pop_all()  # `__exit__` undoes them
         return self
 
     def __exit__(self, *_):
-        self.undo()
+        self.changes.close()
 
     @contextmanager
     def on_device(self, index: int):
@@ -752,7 +752,9 @@ class BlockWalk:
 
     def run(self, index: int, states: Tensor, rows: list[int] | None = None) -> None:
         """Replace hidden states by those after block `index`, by default of all sequences."""
-        for row in range(len(states)) if rows is None else rows:
+        if rows is None:
+            rows = range(len(states))
+        for row in rows:
             output = self.run_block(index, self.sequences[row], states[row])
             states[row].copy_(output, non_blocking=True)
 
@@ -774,7 +776,9 @@ class BlockWalk:
         """
         if states is not None:  # a copy, since a block may change its input in place
             states = states.to(self.device, non_blocking=True, copy=True)
-        self.states, self.running, self.stop_after = states, running, stop_after
+        self.states = states
+        self.running = running
+        self.stop_after = stop_after
         try:
             output = self.model(tokens, use_cache=False, return_dict=True)
         except BlockOutput as stop:
@@ -783,7 +787,7 @@ class BlockWalk:
             raise ValueError(f"the forward of the model never calls block {stop_after}")
         return output.logits
 
-    def stand_in(self, index: int, forward, /, *args, **kwargs):
+    def stand_in(self, index: int, forward, *args, **kwargs):
         """Take the place of `forward`, that of block `index`, as `self.forward` describes."""
         if args:
             states, *args = args
@@ -1146,8 +1150,8 @@ def load_model(name: str, dtype: str, config, device: torch.device) -> nn.Module
     16 bits may be a hundred times slower.
     """
     if dtype == "auto":
-        dtype = config.dtype or "float32"
-        if device.type == "cpu":
+        dtype = config.dtype
+        if dtype is None or device.type == "cpu":
             dtype = "float32"
     where = locate(name)
     gguf_file = where.get("gguf_file")
@@ -1219,9 +1223,12 @@ def format_amount(settings: Settings) -> str:
 
 def choose_output_folder(args: argparse.Namespace, settings: Settings) -> Path:
     """Return the output folder; raise ValueError if it cannot be created."""
-    stem = Path(args.model).resolve().name.removesuffix(".gguf")
-    method = args.method + "-paper" * args.paper
-    folder = (args.save or Path(f"{stem}-{method}-{format_amount(settings)}")).resolve()
+    folder = args.save
+    if folder is None:
+        stem = Path(args.model).resolve().name.removesuffix(".gguf")
+        method = f"{args.method}-paper" if args.paper else args.method
+        folder = Path(f"{stem}-{method}-{format_amount(settings)}")
+    folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; choose another --save")
     if folder.is_mount() or folder == Path.cwd():
@@ -1272,7 +1279,7 @@ def prune_and_save(args: argparse.Namespace, settings: Settings) -> None:
         peak = torch.cuda.max_memory_allocated(device) / 2**30
         print(f"peak memory of the GPU: {peak:.2f} GiB")
     print(f"pruned in {seconds:.1f} s")
-    print(f"wrote {folder}; next: python eval_ppl.py --model {args.save or folder.name}")
+    print(f"wrote {folder}; next: python eval_ppl.py --model {os.path.relpath(folder)}")
 
 
 def save_model(model, tokenizer, report: dict, folder: Path, partial: Path) -> None:
@@ -1360,8 +1367,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 @contextmanager
-def exit_with_sentence(program: str, hint: str = ""):
-    """Exit with one sentence if the command line that runs inside fails or is interrupted."""
+def command_line(program: str, hint: str = ""):
+    """Set up torch, and turn what goes wrong inside into an exit with one sentence."""
+    torch.set_float32_matmul_precision("high")  # TF32, exact for products of 16-bit activations
+    transformers.utils.logging.disable_progress_bar()
     try:
         yield
     except EXPECTED_ERRORS as error:
@@ -1384,17 +1393,10 @@ def join_ranks() -> None:
         sys.stdout = open(os.devnull, "w")
 
 
-def set_up_torch() -> None:
-    """Set what both command lines want of torch and transformers."""
-    torch.set_float32_matmul_precision("high")  # TF32, exact for products of 16-bit activations
-    transformers.utils.logging.disable_progress_bar()
-
-
 def main() -> None:
     args = parse_arguments()
-    set_up_torch()
     hint = "" if args.demo else "; rerun the same command to resume"
-    with exit_with_sentence("admm_prune.py", hint):
+    with command_line("admm_prune.py", hint):
         if dist.is_torchelastic_launched():
             join_ranks()
         config = PAPER if args.paper else ADMMConfig()

@@ -34,8 +34,11 @@ def evaluation_tokens(
     split = "validation" if source == "c4" else "test"
     with ap.error_context(f"cannot read {source}", Exception):
         ids = ap.tokenize(tokenizer, " ".join(islice(ap.load_documents(source, split), 1100)))
-    limit = min(limit or 256, 256) if source == "c4" else limit
-    count = min(len(ids) // seqlen, limit or len(ids))
+    count = len(ids) // seqlen
+    if source == "c4":
+        count = min(count, 256)
+    if limit is not None:
+        count = min(count, limit)
     if count == 0:
         raise ValueError(f"{source} has {len(ids)} tokens, but one window needs {seqlen}")
     return ids[: count * seqlen].view(count, seqlen)
@@ -53,9 +56,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.seqlen < 2 or (args.limit is not None and args.limit < 1):
         parser.error("--seqlen must be at least 2 and --limit at least 1")
-    ap.set_up_torch()
     began = time.perf_counter()
-    with ap.exit_with_sentence("eval_ppl.py"):
+    with ap.command_line("eval_ppl.py"):
         device = ap.select_device(args.device)
         skeleton, tokenizer = ap.load_skeleton(args.model)
         seqlen = ap.limit_seqlen(args.seqlen, skeleton)

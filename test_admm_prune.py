@@ -64,7 +64,10 @@ COMMON += " mamba mixtral gpt_oss llama4_text jetmoe qwen2_moe dory xlm"
 def build_tiny(kind, drop):
     def small(config):
         known = [name for name in dir(config) if name in TINY and name not in drop.split()]
-        return {name: TINY[name] for name in known}
+        sizes = {name: TINY[name] for name in known}
+        if hasattr(config, "is_decoder"):
+            sizes["is_decoder"] = True  # BERT and its kin are not causal without
+        return sizes
 
     default = hf.CONFIG_MAPPING[kind]()
     text = default.get_text_config(decoder=True)
@@ -416,7 +419,8 @@ def test_architectures(kind):
         assert ap.perplexity(model, tokens, "cpu") == pytest.approx(own, rel=1e-4)
         records = prune_tiny(model, tokens)
     except ValueError as reason:
-        assert re.search("cannot be run block by block|no list of decoder blocks", str(reason))
+        refusals = "cannot be run block by block|no list of decoder blocks|is not causal"
+        assert re.search(refusals, str(reason))
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         assert kind not in COMMON.split()[:-2], reason
         pytest.xfail(f"refused: {reason}")
