@@ -1202,7 +1202,7 @@ def test_two_processes_give_the_result_of_one(folder, tmp_path, method):
         assert (weight - weights[1][name]).norm() < 0.05 * weight.norm()
     bad = command(folder, again, "--method", method, "--nsamples", "1", launcher=launcher)
     done = subprocess.run(bad, capture_output=True, text=True)
-    assert done.returncode != 0 and "1 calibration sequences are too few for 2" in done.stderr
+    assert done.returncode != 0 and "1 sequences are too few for 2" in done.stderr
 
 
 @pytest.mark.parametrize("options, dtype", [([], "float32"), (["--dtype", "bfloat16"], "bfloat16")])
