@@ -380,7 +380,7 @@ def prune_model(
     check_model(model, settings)
     check_tokens(model, tokens)
     device = select_device(device)
-    finished = FinishedBlocks(resume_dir, model, tokens, settings, device)
+    finished = FinishedBlocks(resume_dir, get_fingerprint(model, tokens, settings, device))
     results = []
     with BlockWalk(model, share_of_rank(tokens), device) as walk:
         check_products(walk, settings.pattern)
@@ -1013,12 +1013,11 @@ class FinishedBlocks:
     does not see these files.
     """
 
-    def __init__(self, folder: Path | None, model: nn.Module, tokens: Tensor, *settings):
+    def __init__(self, folder: Path | None, fingerprint: str):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file, but finished blocks need a folder there")
         self.folder = folder
-        if folder is not None:
-            self.fingerprint = get_fingerprint(model, tokens, settings)
+        self.fingerprint = fingerprint
 
     def path(self, index: int) -> Path:
         return self.folder / f"block-{index:04}-{self.fingerprint}.safetensors"
@@ -1050,15 +1049,18 @@ class FinishedBlocks:
         return [PrunedLinear(**result | {"shape": tuple(result["shape"])}) for result in results]
 
 
-def get_fingerprint(model: nn.Module, tokens: Tensor, settings) -> str:
+def get_fingerprint(
+    model: nn.Module, tokens: Tensor, settings: Settings, device: torch.device
+) -> str:
     """Return a hash of what decides the result, but for the order of floating-point sums.
 
-    It covers the settings, the tokens, the config of the model, its vectors, each 1009th of its
-    other weights, this file, and the versions of torch and transformers.
+    It covers the arguments, this file, and the versions of torch and transformers; of the weights,
+    all vectors and each 1009th value of the others.
     """
     versions = (torch.__version__, transformers.__version__)
+    config = model.config.to_json_string()
     sha = hashlib.sha256(Path(__file__).read_bytes())
-    sha.update(repr((settings, versions, model.config.to_json_string())).encode())
+    sha.update(repr((settings, device.type, versions, config)).encode())
     samples = [p.detach().flatten()[:: 1009 if p.ndim > 1 else 1] for p in model.parameters()]
     for tensor in (tokens, *samples):
         sha.update(str(tensor.dtype).encode())

@@ -564,6 +564,8 @@ def test_inputs_of_a_block_come_from_the_pruned_blocks_before_it():
     error = float((x @ (W - new).T).norm() ** 2 / (x @ W.T).norm() ** 2)
     record = next(r for r in records if (r.block, r.name) == (2, "mlp.gate_proj"))
     assert record.error == pytest.approx(error, rel=1e-3)
+    gap = ap.measure_error(W.float(), new.float(), (x.T @ x).float(), damping=0.1)[1]
+    assert record.gap == pytest.approx(gap, rel=1e-2)
 
 
 class Experts(nn.Module):
@@ -589,10 +591,16 @@ def test_experts_and_linears_that_no_token_reaches():
     model, tokens = make_model(), make_tokens(count=20, seqlen=4)
     for layer in model.model.layers:
         layer.mlp = Experts()
+    before = {name: p.clone() for name, p in model.model.layers.named_parameters()}
     records = prune_tiny(model, tokens)
     assert len(records) == 3 * (4 + 9) and all(r.sparsity == 0.5 for r in records)
     for record in records:
         assert (record.error is None) == (record.tokens == 0) == record.name.endswith(".2")
+        if record.tokens == 0:
+            name = f"{record.block}.{record.name}.weight"
+            kept = model.model.layers.get_parameter(name) != 0
+            size = before[name].abs()
+            assert size[kept].min() >= size[~kept].max()
     few = sum(0 < record.tokens < record.shape[1] for record in records)
     assert f"{few} of {len(records)} received fewer calibration tokens" in ap.summarise(records)
     assert "9 received none and were pruned by magnitude" in ap.summarise(records)
@@ -697,10 +705,10 @@ def test_weights_that_their_dtype_cannot_hold_are_an_error(monkeypatch):
 
 
 def test_the_fingerprint_knows_what_decides_the_result(monkeypatch):
-    def mark(change=lambda model: None, tokens=make_tokens(), settings="0.5"):  # noqa: B008
+    def mark(change=lambda model: None, tokens=make_tokens(), device="cpu", **settings):  # noqa: B008
         model = make_model()
         change(model)
-        return ap.get_fingerprint(model, tokens, settings)
+        return ap.get_fingerprint(model, tokens, Settings(**settings), torch.device(device))
 
     def config(model):
         model.config.rms_norm_eps *= 2
@@ -711,14 +719,18 @@ def test_the_fingerprint_knows_what_decides_the_result(monkeypatch):
     def dtype(model):
         model.bfloat16()
 
-    marks = [mark(), mark(config), mark(norm), mark(dtype), mark(settings="0.6")]
-    marks.append(mark(tokens=make_tokens(seed=5)))
-    assert mark() == marks[0]
+    marks = [mark(), mark(config), mark(norm), mark(dtype), mark(tokens=make_tokens(seed=5))]
+    marks += [mark(sparsity=0.6), mark(method="admm"), mark(pattern=(2, 4)), mark(pattern=(4, 8))]
+    marks += [mark(config=PAPER), mark(device="cuda")]
+    assert mark() == marks[0] and mark(device="cuda:1") == mark(device="cuda:0")
     for module in (torch, hf):
         with monkeypatch.context() as patch:
             patch.setattr(module, "__version__", "0")
             marks.append(mark())
-    assert len(set(marks)) == 8
+    with monkeypatch.context() as patch:  # as if the module had been edited
+        patch.setattr(Path, "read_bytes", lambda _: b"")
+        marks.append(mark())
+    assert len(set(marks)) == len(marks) == 14
 
 
 def test_models_that_cannot_be_pruned():
@@ -923,6 +935,21 @@ def test_the_walk_leaves_everything_but_the_mode_as_it_was():
     assert model.model.layers[0].forward is hook and "forward" not in vars(model.model.layers[1])
     model.config.output_router_logits, model.config.return_dict = False, True
     assert first == pytest.approx(own_perplexity(model, tokens), rel=1e-5)
+
+
+def test_blocks_that_change_their_input_in_place():
+    model, tokens = make_model(), make_tokens()
+
+    def add(layer, args):
+        args[0].add_(1)
+
+    model.model.layers[1].input_layernorm.register_forward_pre_hook(add)
+    with ap.BlockWalk(model, tokens, torch.device("cpu")) as walk:
+        walk.check()
+        states = walk.embed()
+        before = states.clone()
+        walk.run_block(1, walk.sequences[0], states[0])
+        assert torch.equal(states, before)
 
 
 def test_blocks_that_take_the_hidden_states_by_keyword():
