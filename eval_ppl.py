@@ -3,10 +3,10 @@
     python eval_ppl.py --model facebook/opt-6.7b
     python eval_ppl.py --model opt-6.7b-admm-grad-0.5 --dataset wikitext2 --seqlen 2048
 
-The protocol of the published tables (GPTQ, SparseGPT, Wanda): the rows of the test split joined
-by blank lines and tokenised once, windows of `seqlen` tokens that do not overlap, the last partial
-one dropped, and the exponential of the mean negative log-likelihood. Blocks visit the GPU one at a
-time, as in pruning, so the model may be larger than its memory.
+The protocol is that of the published tables (GPTQ, SparseGPT, Wanda): join the rows of the test
+split by blank lines, tokenise them once, cut windows of `seqlen` tokens that do not overlap, drop
+the last partial one, and take exp of the mean negative log-likelihood. Blocks visit the GPU one at
+a time, as in pruning, so the model may be larger than the memory of the GPU.
 """
 
 import argparse
@@ -26,14 +26,16 @@ def evaluation_tokens(
     Args:
         source: "wikitext2" (test split), "c4" (the first 1100 validation documents, 256 windows,
             as in SparseGPT) or the path of a text file.
-        limit: the first so many windows only.
+        limit: use only the first `limit` windows.
 
-    Raises:
-        ValueError: the text cannot be read or has fewer than `seqlen` tokens.
+    Raises: ValueError if the text cannot be read or has fewer than `seqlen` tokens.
     """
     split = "validation" if source == "c4" else "test"
     with ap.error_context(f"cannot read {source}", Exception):
-        ids = ap.tokenize(tokenizer, " ".join(islice(ap.load_documents(source, split), 1100)))
+        documents = ap.load_documents(source, split)
+        if source == "c4":
+            documents = islice(documents, 1100)
+        ids = ap.tokenize(tokenizer, " ".join(documents))
     count = len(ids) // seqlen
     if source == "c4":
         count = min(count, 256)
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="hub id, folder or .gguf file")
     parser.add_argument("--dataset", default="wikitext2", help="wikitext2, c4 or a text file")
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window")
-    parser.add_argument("--limit", type=int, help="the first so many windows only")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT windows")
     parser.add_argument("--device", help="default: cuda, else cpu")
     dtype_help = "default: the checkpoint's; on a CPU float32"
     parser.add_argument("--dtype", choices=ap.DTYPES, default="auto", help=dtype_help)

@@ -457,7 +457,7 @@ def collect(model, tokens, change=None):
     with ap.BlockWalk(model, tokens, torch.device("cpu")) as walk:
         walk.check()
         states = walk.embed()
-        walk.run(0, states)
+        walk.advance(states, 0)
         collector = ap.GroupCollector(walk.blocks[1], walk.seqlen)
         for sequence, state in zip(walk.sequences, states, strict=True):
             if change:
@@ -1239,7 +1239,7 @@ def test_what_the_command_line_decides(folder, tmp_path, monkeypatch, capsys, op
     (tmp_path / "out").mkdir()
     base += ["--nsamples", 2, "--save", tmp_path / "out", "--paper", "--device", "cpu", *options]
     assert run(monkeypatch, *base) is None
-    assert "--seqlen 2048 exceeds the 64 positions of the model" in capsys.readouterr().out
+    assert "--seqlen 2048 exceeds the positions of the model: using 64" in capsys.readouterr().out
     saved = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert saved.dtype == getattr(torch, dtype)
     written = {path.name for path in (tmp_path / "out").iterdir()}
