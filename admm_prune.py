@@ -919,10 +919,7 @@ def check_model(model: nn.Module, settings: Settings) -> None:
         raise ValueError("blocks share parameters, but each block is pruned for its own inputs")
     if any("lora_" in name for name in names):
         raise ValueError("the model has LoRA adapters: merge them into its weights first")
-    linears = find_linears(blocks)
-    if not linears and not find_stacks(blocks):
-        raise ValueError(f"{type(model).__name__} has no linear layers with a plain weight")
-    for name, layer in linears.items():
+    for name, layer in find_linears(blocks).items():
         in_features = layer.in_features if isinstance(layer, nn.Linear) else layer.nx
         check_divisible(name, in_features, settings.pattern)
 
@@ -1269,7 +1266,7 @@ def choose_output_folder(args: argparse.Namespace, settings: Settings) -> Path:
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; choose another --save")
-    if folder.is_mount() or folder == Path.cwd():
+    if folder.is_mount():
         raise ValueError(f"{folder} cannot be replaced; choose another --save")
     if not folder.parent.is_dir() or not os.access(folder.parent, os.W_OK):
         raise ValueError(f"cannot create {folder}: its parent folder is missing or read-only")
