@@ -11,8 +11,8 @@ Each linear layer with weight W and calibration inputs X gets a sparse weight W'
 
 after "Fast and Effective Weight Update for Pruned Large Language Models" (Vladimír Boža, TMLR
 2024, arXiv 2401.02938). The method comes first: the solver, which needs torch alone and is made to
-be copied; the correction of the weights that it aims at, the error measures and the baselines; and
-`prune_model`, the loop over the decoder blocks. The machinery of the loop stands below it.
+be copied; the correction of its target weights, the error measures and the baselines; then
+`prune_model`, the loop over the decoder blocks; and last, what that loop needs.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from unittest import mock
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
@@ -64,7 +64,7 @@ class ADMMConfig:
     correction: float = 0.5  # used by `prune_model` only: strength of `correct_weight`
 
     def __post_init__(self):
-        if not self.rho or min(self.rho) <= 0:
+        if not self.rho or not all(rho > 0 for rho in self.rho):
             raise ValueError(f"rho must be a non-empty tuple of positive numbers, got {self.rho}")
         updates = len(self.rho) * self.updates_per_rho
         if not 1 <= self.mask_steps <= updates:
@@ -101,8 +101,8 @@ def prune_weight(
     Returns: the pruned weight, in the shape and dtype of `weight`.
     Raises: ValueError if the arguments do not fit each other, or are not finite.
     """
-    check_tensors(weight, gram, pattern, mask)
     sparsity = final_sparsity(sparsity, pattern)
+    check_tensors(weight, gram, pattern, mask)
 
     # Features are scaled to unit norm: one rho suits them all, and |W0| = |W| d is Wanda's score.
     gram = gram.float()
@@ -111,11 +111,12 @@ def prune_weight(
     A.diagonal().add_(config.damping)
     if config.saliency:
         # Removing the entry j of a row of W0 costs W0_j^2 / [A^-1]_jj if the others adapt (optimal
-        # brain surgeon). After scaling features by s, that cost is the square of the entry.
+        # brain surgeon). With W0 s instead of W0, and A / s s^T, that cost is the squared entry.
         s = inverse(A).diagonal().rsqrt()  # (in,)
         d = d * s
         A /= s * s[:, None]
-        A *= (1 + config.damping) / A.diagonal().mean()  # rho keeps its meaning
+        # The mean diagonal is set back to 1 + damping, since rho is relative to it.
+        A *= (1 + config.damping) / A.diagonal().mean()
 
     # Step 1 has no update of W: it starts from W = W0, the optimum without zeros, and U = 0.
     W0 = weight.float() * d  # (out, in)
@@ -124,7 +125,7 @@ def prune_weight(
     if given_mask is None:
         mask = select_mask(W0, gradual_sparsity(sparsity, step, config), pattern, sections)
     Z = W0 * mask
-    U = W0 - Z
+    U = W0 - Z  # 0 + W - Z
     previous_rho = config.rho[0]
     for rho in config.rho:
         U *= previous_rho / rho  # U is the Lagrange multiplier over rho; the multiplier is kept
@@ -133,7 +134,7 @@ def prune_weight(
         R = inverse(A).mul_(rho)  # rho (A + rho I)^-1
         A.diagonal().sub_(rho)
         for _ in range(config.updates_per_rho):
-            # The paper's W = (W0 A + rho (Z - U)) (A + rho I)^-1, where A is (A + rho I) - rho I.
+            # (W0 A + rho (Z - U)) (A + rho I)^-1 in the paper; W0 A is W0 (A + rho I) - rho W0.
             W = W0 + (Z - U - W0) @ R
             step += 1
             is_frozen = config.freeze_mask and step > config.mask_steps
@@ -151,8 +152,8 @@ def check_tensors(weight: Tensor, gram: Tensor, pattern=None, mask: Tensor | Non
     shape = tuple(weight.shape)
     if weight.ndim != 2 or gram.shape != (shape[1], shape[1]):
         raise ValueError(f"weight {shape} and Gram matrix {tuple(gram.shape)} do not fit")
-    if mask is not None and mask.shape != shape:
-        raise ValueError(f"mask must have the shape of the weight, {shape}, got {mask.shape}")
+    if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be {shape} bool, got {tuple(mask.shape)} {mask.dtype}")
     if pattern and shape[1] % pattern[1]:
         raise ValueError(f"in_features={shape[1]} is not divisible by M={pattern[1]}")
     if not (weight.isfinite().all() and gram.isfinite().all()):
@@ -161,7 +162,7 @@ def check_tensors(weight: Tensor, gram: Tensor, pattern=None, mask: Tensor | Non
 
 def final_sparsity(sparsity: float, pattern: tuple[int, int] | None) -> float:
     """Return the sparsity, which a pattern overrides; raise ValueError if one is not valid."""
-    if pattern:
+    if pattern is not None:
         if len(pattern) != 2 or not 0 < pattern[0] < pattern[1]:
             raise ValueError(f"pattern must be (N, M) with 0 < N < M, got {pattern}")
         return 1 - pattern[0] / pattern[1]
@@ -199,14 +200,14 @@ def select_mask(
 ) -> Tensor:  # fmt: skip
     """Return a mask, (out, in) bool: False at the round(sparsity * numel) smallest magnitudes.
 
-    With a pattern (N, M), the N largest of each group are never among them; while `sparsity` is
-    below 1 - N/M, more are kept in some groups. Sections are numbers of rows, and each section has
-    a mask of its own.
+    With a pattern (N, M), the N largest of each group of M are always kept. At sparsity 1 - N/M
+    that gives exactly N:M; at a lower one, some groups keep more. Sections are numbers of rows;
+    each section has a mask of its own.
     """
     if sections:
         parts = values.split(sections)
         return torch.cat([select_mask(part, sparsity, pattern) for part in parts])
-    scores = values.abs()
+    scores = values.abs().float()
     if pattern:
         groups = scores.unflatten(1, (-1, pattern[1]))  # (out, in / M, M)
         largest = groups.topk(pattern[0]).indices
@@ -218,17 +219,17 @@ def select_mask(
     threshold = kth_smallest(flat, zeros)
     mask = flat > threshold
     ties = (flat == threshold).nonzero()[:, 0]
-    missing = len(flat) - zeros - int(mask.sum())
-    mask[ties[:missing]] = True
+    still_to_keep = len(flat) - zeros - int(mask.sum())
+    mask[ties[:still_to_keep]] = True
     return mask.view_as(scores)
 
 
 def kth_smallest(values: Tensor, k: int) -> Tensor:
     """Return the k-th smallest, k counted from 1, of float32 values (n,) that are not negative.
 
-    Their bits, read as integers, have the same order. The upper 16 bits are the number of a bucket,
-    and only the bucket with the k-th value is searched: on a CPU this takes a tenth of the time of
-    `torch.kthvalue` on all values.
+    Their bits, read as integers, have the same order. The upper 16 bits, of which the sign is 0,
+    are the number of a bucket, and only the bucket with the k-th value is searched: on a CPU this
+    takes a third of the time of `torch.kthvalue` on all values.
     """
     buckets = values.view(torch.int32) >> 16
     cumulative_counts = torch.bincount(buckets, minlength=1 << 15).cumsum(0)
@@ -247,10 +248,10 @@ def correct_weight(
 ) -> Tensor:
     """Return the weight to aim at when earlier blocks are pruned, to win back what they lost.
 
-    It is W + strength * W C (G + damping * diag G)^-1. With strength 1 and damping 0, X times it is
-    the best fit to X_dense W^T. This is the correction of QEP (Arai and Ichikawa, NeurIPS 2025,
-    arXiv 2504.09629), with its strength and damping, and of GPTAQ (Li et al., ICML 2025), both for
-    quantisation.
+    It is W + strength * W C (G + damping * diag G)^-1. With strength 1 and damping 0 it is the
+    least-squares solution V of X V^T = X_dense W^T. This is the correction of QEP (Arai and
+    Ichikawa, NeurIPS 2025, arXiv 2504.09629), with its strength and damping, and of GPTAQ (Li et
+    al., ICML 2025), both for quantisation.
 
     Args:
         weight: W, (out_features, in_features), of the dtype of `gram` and `cross`.
@@ -271,12 +272,14 @@ def measure_error(
 ) -> tuple[float, float]:
     """Return the reconstruction error and the optimality gap of a pruned weight.
 
-    The error is ||X W^T - X W'^T||^2 / ||X W^T||^2. The gap is 0 if no better weight has the same
-    zeros: it is the norm of the gradient of the damped error at the kept weights, divided by the
-    same norm at W' = 0. Gradients are taken with the features scaled to unit norm.
+    The error is ||X W^T - X W'^T||^2 / ||X W^T||^2. The gap is 0 if W' is the best weight with its
+    zeros. It is a gradient norm, relative to that of a weight of zeros: of what ADMM minimises (the
+    error, damped by damping * diag G), with respect to the nonzeros of W', with features scaled to
+    unit norm.
 
     Args: `weight` and `pruned` (out_features, in_features), `gram` (in_features, in_features).
     """
+    gram = gram.float()
 
     def error_and_gradient_norm(D: Tensor) -> Tensor:
         DG = D @ gram
@@ -319,20 +322,19 @@ def prune_with(
     """Return a weight pruned by the method of the settings; the rest is as in `prune_weight`."""
     config = settings.config
     pattern = settings.pattern
-    sparsity = final_sparsity(settings.sparsity, pattern)
+    sparsity = settings.sparsity
     if settings.method == "admm-grad":
         return prune_weight(weight, gram, sparsity, pattern, sections=sections, config=config)
     check_tensors(weight, gram, pattern)
+    sparsity = final_sparsity(sparsity, pattern)
     if settings.method == "magnitude":
         mask = select_mask(weight.float(), sparsity, pattern, sections)
     else:
         if not pattern:  # each row is one group
             in_features = weight.shape[1]
             pattern = (in_features - round(sparsity * in_features), in_features)
-        scores = weight.float().abs() * gram.diagonal().sqrt()
-        groups = scores.unflatten(1, (-1, pattern[1]))  # (out, groups, M)
-        largest = groups.topk(pattern[0]).indices
-        mask = torch.zeros_like(groups, dtype=torch.bool).scatter(2, largest, True).flatten(1)
+        scores = weight.float() * gram.diagonal().float().sqrt()
+        mask = select_mask(scores, 1 - pattern[0] / pattern[1], pattern)
     if settings.method == "admm":
         return prune_weight(weight, gram, mask=mask, config=config)
     return torch.where(mask, weight, 0)
@@ -345,9 +347,11 @@ def prune_with(
 class LinearGroup:
     """Linear layers that share their input X, as q, k and v do, and sums over that input."""
 
-    weights: dict[str, Tensor]  # name in the block -> (out_features, in_features) view
+    weights: dict[
+        str, Tensor
+    ]  # name in the block -> view of the parameter, (out_features, in_features)
     gram: Tensor  # G = X^T X, (in_features, in_features) float32
-    cross: Tensor | None = None  # C = (X_dense - X)^T X; None: not to be corrected
+    cross: Tensor | None = None  # C = (X_dense - X)^T X, or None without a correction
     tokens: int = 0  # rows of X
 
 
@@ -384,8 +388,8 @@ def prune_model(
             model again and repeat the call.
 
     Returns: what became of each linear layer.
-    Raises: ValueError before anything is pruned if the model or an argument does not fit; later if
-        something goes wrong in a block, or OSError if `resume_dir` cannot be created.
+    Raises: ValueError before anything is pruned, if the model or an argument does not fit, and
+        afterwards, if a block fails. OSError if `resume_dir` cannot be created.
     """
     check_model(model, settings)
     check_tokens(model, tokens)
@@ -393,7 +397,7 @@ def prune_model(
     fingerprint = get_fingerprint(model, tokens, settings, device)
     results = []
     with BlockWalk(model, share_of_rank(tokens), device) as walk:
-        check_walk(walk, settings.pattern)
+        check_walk(walk, settings.pattern)  # records what `embed` needs
         finished = FinishedBlocks(resume_dir, fingerprint)
         pruned_states = walk.embed()  # hidden states of all sequences, before the current block
         dense_states = None
@@ -426,17 +430,19 @@ def prune_block(
     block = walk.blocks[index]
     collector = GroupCollector(block, walk.seqlen)
     for row in range(len(pruned_states)):
+        collector.start_sequence()
         if dense_states is not None:
             with InterceptProducts(block, collector.keep_dense_input):
-                walk.advance(dense_states, index, [row])
+                walk.advance_row(dense_states, index, row)
         with InterceptProducts(block, collector.add_input):
-            walk.run_block(index, walk.sequences[row], pruned_states[row])
+            walk.run_block(index, walk.sequences[row], pruned_states[row])  # for its inputs only
     groups = collector.finish()
     results = {}
-    for turn, group in enumerate(groups):
-        if turn % count_ranks() == get_rank():
-            with error_context(next(iter(group.weights))):
-                results[turn] = prune_group(group, index, settings)
+    for number, group in enumerate(groups):
+        if number % count_ranks() == get_rank():
+            first_name = next(iter(group.weights))
+            with error_context(first_name):
+                results[number] = prune_group(group, index, settings)
     return share_results(groups, results)
 
 
@@ -455,13 +461,13 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
         raise ValueError(f"pruned weights overflow {dtype}; load the model in another dtype")
     results = []
     parts = zip(group.weights.items(), target.split(sections), pruned.split(sections), strict=True)
-    for (name, weight), goal, new_weight in parts:
-        weight.copy_(new_weight)
-        share_of_zeros = int((new_weight == 0).sum()) / new_weight.numel()
+    for (name, weight), target_part, pruned_part in parts:
+        weight.copy_(pruned_part)
+        share_of_zeros = int((pruned_part == 0).sum()) / pruned_part.numel()
         error, gap = None, None
         if group.tokens > 0:
-            error, gap = measure_error(goal, new_weight, group.gram, config.damping)
-        shape = tuple(new_weight.shape)
+            error, gap = measure_error(target_part, pruned_part, group.gram, config.damping)
+        shape = tuple(pruned_part.shape)
         results.append(PrunedLinear(index, name, shape, share_of_zeros, error, gap, group.tokens))
     return results
 
@@ -469,9 +475,9 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
 # -------------------------------------------------------------------------------------- capture
 #
 # While `InterceptProducts` is entered, it calls a function for each product of an input with a
-# weight of the block. `GroupCollector` has two such functions: for each sequence, the pass of the
-# dense model (if there is one) calls `keep_dense_input`, then that of the pruned model `add_input`.
-# At the end, `finish` returns the groups. A weight that is in none of them stays dense.
+# weight of the block. `GroupCollector` has two such functions. For each sequence: `start_sequence`,
+# the dense pass with `keep_dense_input` (if there is a correction), the pruned pass with
+# `add_input`. At the end, `finish` returns the groups. A weight in no group stays dense.
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -501,7 +507,11 @@ def find_stacks(block: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def find_experts(block: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of experts by name: linear layers in a module list, parts of a stack."""
+    """Return the weights of experts by name: linear layers in a module list, parts of a stack.
+
+    Every module list inside a block is taken for a list of experts. If it is none, its layers are
+    only pruned without a correction.
+    """
     lists = [name for name, m in block.named_modules() if isinstance(m, nn.ModuleList)]
     inside = tuple(f"{name}." for name in lists)
     linears = find_linears(block)
@@ -525,9 +535,9 @@ class InterceptProducts(TorchFunctionMode):
     and weights that are multiplied without their module.
     """
 
-    # x @ weight.T arrives as Tensor.matmul. In any other product, such as einsum, a weight is not
-    # seen, and so stays dense.
-    PRODUCTS = {F.linear, torch.addmm, torch.mm, torch.bmm, torch.matmul, Tensor.matmul}
+    # x @ weight.T arrives as Tensor.matmul. Products of other kinds, such as einsum, are not seen.
+    PRODUCTS = {F.linear, torch.addmm, torch.mm, torch.bmm, torch.matmul}
+    PRODUCTS |= {Tensor.mm, Tensor.bmm, Tensor.matmul}
 
     def __init__(self, block: nn.Module, report):
         self.report = report
@@ -545,38 +555,42 @@ class InterceptProducts(TorchFunctionMode):
             if function is F.linear:
                 self.intercept(left, right)
             elif right.ndim > 1:
-                self.intercept(left, right.mT)  # left @ right = x @ weight.T
-                self.intercept(right.mT, left)  # left @ right = weight @ x.T
+                # Either factor may be the weight: left @ right is x @ weight.T or weight @ x.T.
+                self.intercept(left, right.mT)
+                self.intercept(right.mT, left)
         return function(*args, **kwargs)
 
     def intercept(self, x: Tensor, weight: Tensor) -> None:
         """Report the product if `weight` is a parameter of the block or a view of one."""
-        parameter = weight if weight._base is None else weight._base
+        parameter = weight  # or the tensor that it is a view of
+        if weight._base is not None:
+            parameter = weight._base
         name = self.names.get(id(parameter))
         if name is None:
             return
-        if parameter.ndim == 2:  # a linear layer: the whole weight, or its transpose
+        if parameter.ndim == 2:
+            # A linear layer: the whole weight or its transpose.
             if weight.shape in (parameter.shape, parameter.mT.shape):
                 self.report(name, x, weight)
-        elif (
-            weight.ndim == 2
-        ):  # stack[index], or its transpose: it starts at a multiple of its size
+        elif weight.ndim == 2:
+            # One expert, stack[index] or its transpose: the offset in the stack tells the index.
             size = parameter[0].numel()
             index, remainder = divmod(weight.storage_offset() - parameter.storage_offset(), size)
             if weight.numel() == size and remainder == 0:
                 self.report(f"{name}.{index}", x, weight)
-        elif weight.numel() == parameter.numel() and len(x) == len(weight):
-            # All experts at once, each given all tokens: rows of zeros for those routed elsewhere.
-            for index in range(len(weight)):
-                tokens = x[index][x[index].any(-1)]
-                self.report(f"{name}.{index}", tokens, weight[index])
+        elif weight.numel() == parameter.numel() and x.ndim == 3 and len(x) == len(weight):
+            # All experts at once, x is (experts, tokens, in): a token routed elsewhere is a row of
+            # zeros.
+            for index, rows in enumerate(x):
+                self.report(f"{name}.{index}", rows[rows.any(-1)], weight[index])
 
 
 class GroupCollector:
     """Groups the linear layers of a block by their input and adds up the sums over it.
 
     Layers are in one group if they are multiplied with the very same tensor, one after the other.
-    An expert is a group of its own: on some ranks it may be that no token reaches it.
+    A weight of an expert is a group by itself, since groups must be the same on all ranks: a rank
+    on which no token reaches the expert cannot see which weights share an input.
     """
 
     def __init__(self, block: nn.Module, seqlen: int):
@@ -589,32 +603,37 @@ class GroupCollector:
         self.previous_input = (None, 0)  # input of the previous product, and its version
         self.previous_group = None  # group of the previous product
 
+    def start_sequence(self) -> None:
+        """Forget the inputs of the sequence before."""
+        self.dense_inputs.clear()
+        self.previous_input = (None, 0)
+
     def keep_dense_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Keep an input in the dense model until `add_input` receives its counterpart.
 
         An expert has none: in the pruned model, other tokens may be routed to it.
         """
-        is_shared = self.is_shared(name, x)
-        self.previous_input = (x, x._version)
-        has_all_tokens = x.shape[:-1].numel() == self.seqlen
-        if has_all_tokens and not is_shared and name not in self.experts:
+        is_shared = self.shares_previous_input(name, x)
+        has_all_tokens = x.shape[:-1].numel() == self.seqlen  # or else rows cannot be paired
+        uncorrected = name in self.experts or name == self.last_layer
+        if has_all_tokens and not is_shared and not uncorrected:
             self.dense_inputs[name].append(x.clone())  # the block may change x in place
-        if len(weight) > 1:  # a gate of one output, for the shared expert, does not count as last
+        if len(weight) > 1:  # not the one-output gate that may follow the shared expert
             self.last_layer = name
 
     def add_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Add an input in the pruned model to the sums of the layer's group."""
-        is_shared = self.is_shared(name, x)
-        self.previous_input = (x, x._version)
+        is_shared = self.shares_previous_input(name, x)
         if name not in self.groups:
             if is_shared:
                 self.groups[name] = self.previous_group
             else:
                 self.add_group(name, weight)
         group = self.groups[name]
+        is_shared = is_shared and group is self.previous_group
         self.previous_group = group
         group.weights[name] = weight
-        self.received[name] += x.shape[:-1].numel()
+        self.received[name] += x.shape[:-1].numel()  # `finish` compares it with group.tokens
         if is_shared:  # added already, for the previous layer
             return
         X = x.reshape(-1, x.shape[-1]).float()  # (tokens, in_features)
@@ -627,19 +646,20 @@ class GroupCollector:
                     group.cross = torch.zeros_like(group.gram)
                 group.cross.addmm_((X_dense - X).T, X)
 
-    def is_shared(self, name: str, x: Tensor) -> bool:
+    def shares_previous_input(self, name: str, x: Tensor) -> bool:
         """Return whether x is the input of the previous product, not changed in place since."""
         previous, version = self.previous_input
+        self.previous_input = (x, x._version)
         return x is previous and x._version == version and name not in self.experts
 
     def add_group(self, name: str, weight: Tensor) -> None:
         """Create the group of a layer and, for an expert, those of its siblings.
 
-        Siblings that no token reaches are never multiplied: which of their dimensions is the input
-        is taken from the expert that is.
+        Siblings that no token reaches are never multiplied, so their orientation is taken from this
+        expert, which was.
         """
         weights = {name: weight}
-        if name in self.experts:
+        if name in self.experts:  # strides tell the orientation of square weights too
             is_transposed = weight.stride() != self.experts[name].stride()
             for sibling, stored in self.experts.items():
                 if without_indices(sibling) == without_indices(name):
@@ -652,12 +672,13 @@ class GroupCollector:
     def finish(self) -> list[LinearGroup]:
         """Return the groups, with the sums over all ranks.
 
-        Raises: ValueError if a layer shares some inputs with its group but not all. The group has
-            then added another number of tokens than the layer received.
+        Raises: ValueError if a layer shares some inputs with its group but not all: group.tokens
+            then differs from what the layer received.
         """
         for name, group in self.groups.items():
-            if self.received[name] != group.tokens or self.dense_inputs[name]:
+            if self.received[name] != group.tokens:
                 raise ValueError(f"{list(group.weights)} share some of their inputs but not all")
+        self.start_sequence()  # frees the last input
         groups = list(dict.fromkeys(self.groups.values()))  # each of them once
         sum_over_ranks(groups)
         return groups
@@ -691,14 +712,15 @@ class BlockWalk:
         self.depth = len(self.blocks)
         self.seqlen = tokens.shape[1]
         self.sequences = tokens.to(device).split(1)  # each (1, seqlen)
-        self.has_gpu = device.type == "cuda"  # its copies need not be waited for
+        self.has_gpu = device.type == "cuda"  # copies to and from it can be asynchronous
         # Set by `check`:
-        self.extra_outputs = {}  # index of a block that returns a tuple -> Nones for all but states
+        self.extra_outputs = {}  # index of a block that returns a tuple -> [None, ...], in place of
+        # its further outputs when it is bypassed
         self.states_dtype = None  # of the hidden states that blocks return
 
     def __enter__(self):
         model = self.model.eval()
-        with ExitStack() as changes:  # what it is given is undone when it is closed
+        with ExitStack() as changes:  # undoes them: at once if one fails, or else in `__exit__`
             for config in (model.config, model.config.get_text_config(decoder=True)):
                 for name, value in (("return_dict", True), ("output_router_logits", False)):
                     if getattr(config, name, value) != value:
@@ -730,19 +752,19 @@ class BlockWalk:
             block.to(home)
 
     def check(self) -> None:
-        """Raise a ValueError unless the logits are the same block by block, and causal.
+        """Raise a ValueError unless the model is causal and has the same logits block by block.
 
-        They are compared for two sequences, which agree in their first half.
+        Two sequences are compared whose first halves are the same, and so must be the logits there.
         """
         name = type(self.model).__name__
         first = self.sequences[0][:, :64]
         half = first.shape[1] // 2
         second = first.clone()
-        second[:, half : 2 * half] = first[:, :half]
+        second[:, half:] = (first[:, half:] + 1) % (first.max() + 1)  # no token is as before
         pair = (first, second)
         with error_context(f"{name} cannot be run block by block", Exception):
             logits = [self.forward(tokens, running=range(self.depth)).float() for tokens in pair]
-            states = [self.forward(tokens, stop_after=0) for tokens in pair]
+            states = [self.run_embeddings(tokens) for tokens in pair]
             for index in range(self.depth):
                 for i, tokens in enumerate(pair):
                     states[i] = self.run_block(index, tokens, states[i])
@@ -750,38 +772,44 @@ class BlockWalk:
                         raise ValueError(f"block {index} returns NaN or infinite values")
             for i, tokens in enumerate(pair):
                 difference = (self.run_head(tokens, states[i]) - logits[i]).norm()
-                if not difference <= 1e-4 * logits[i].norm():
+                if not difference <= 1e-4 * logits[i].norm():  # so also if it is NaN
                     relative = difference / logits[i].norm()
                     raise ValueError(f"its logits then differ by a relative {relative:.2g}")
         self.states_dtype = states[0].dtype
         difference = (logits[1] - logits[0])[:, :half].norm()
         # In 16 bits, the rounding of an expert depends on how many tokens are routed to it.
-        tolerance = 1e-4 if self.model.dtype == torch.float32 else 1e-2
+        tolerance = 1e-2 if self.model.dtype in (torch.float16, torch.bfloat16) else 1e-4
         if difference > tolerance * logits[0][:, :half].norm():
             raise ValueError(f"{name} is not causal: its logits depend on later tokens")
 
     def embed(self) -> Tensor:
         """Return the hidden states before block 0, on the host: (sequences, 1, seqlen, hidden).
 
-        Their dtype is that which blocks return: some models go on in float32 from bfloat16
-        embeddings. With a GPU they are page-locked, which makes copies several times faster.
+        Their dtype is that of the blocks' outputs, which may be float32 after bfloat16 embeddings.
+        With a GPU they are page-locked, which makes copies several times faster.
         """
         states = None
         for row, sequence in enumerate(self.sequences):
-            embedded = self.forward(sequence, stop_after=0)
+            embedded = self.run_embeddings(sequence)
             if states is None:
                 shape = (len(self.sequences), *embedded.shape)
                 states = torch.empty(shape, dtype=self.states_dtype, pin_memory=self.has_gpu)
             states[row].copy_(embedded, non_blocking=self.has_gpu)
         return states
 
-    def advance(self, states: Tensor, index: int, rows: list[int] | None = None) -> None:
-        """Replace hidden states by those after block `index`, in place; by default in all rows."""
-        if rows is None:
-            rows = range(len(states))
-        for row in rows:
-            output = self.run_block(index, self.sequences[row], states[row])
-            states[row].copy_(output, non_blocking=self.has_gpu)
+    def advance(self, states: Tensor, index: int) -> None:
+        """Replace the hidden states of all sequences by those after block `index`, in place."""
+        for row in range(len(states)):
+            self.advance_row(states, index, row)
+
+    def advance_row(self, states: Tensor, index: int, row: int) -> None:
+        """Replace the hidden states of one sequence by those after block `index`, in place."""
+        output = self.run_block(index, self.sequences[row], states[row])
+        states[row].copy_(output, non_blocking=self.has_gpu)
+
+    def run_embeddings(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states of a sequence before block 0, which is bypassed."""
+        return self.forward(tokens, stop_after=0)
 
     def run_block(self, index: int, tokens: Tensor, states: Tensor) -> Tensor:
         """Return the hidden states of a sequence after block `index`, given those before it."""
@@ -801,19 +829,21 @@ class BlockWalk:
         """
         if states is not None:  # a copy, since a block may change its input in place
             states = states.to(self.device, non_blocking=self.has_gpu, copy=True)
-        self.states = states
+        self.states = states  # these three are for `stand_in`
         self.running = running
         self.stop_after = stop_after
         try:
             output = self.model(tokens, use_cache=False, return_dict=True)
         except BlockOutput as stop:
             return stop.args[0]
+        finally:
+            self.states = None
         if stop_after is not None:
             raise ValueError(f"the forward of the model never calls block {stop_after}")
         return output.logits
 
     def stand_in(self, index: int, forward, *args, **kwargs):
-        """Replace `forward`, that of block `index`: run it, bypass it or stop, as set above."""
+        """Take the place of `forward`, that of block `index`: call it, skip it, or stop."""
         if args:
             states, *args = args
         else:
@@ -821,7 +851,7 @@ class BlockWalk:
         if index == 0 and self.states is not None:
             states = self.states
         if index in self.running:
-            with self.on_device(index):
+            with self.on_device(index):  # where it is already, except in `check`
                 output = forward(states, *args, **kwargs)
             if not isinstance(output, Tensor):  # a tuple or list: the states and more
                 self.extra_outputs[index] = [None] * (len(output) - 1)
@@ -865,12 +895,13 @@ def tensors_of(module: nn.Module):
 def select_device(name: torch.device | str | None = None) -> torch.device:
     """Return the device, by default CUDA if there is a GPU, or else the CPU.
 
-    A CUDA device becomes the current one, on which kernels written in Triton run.
+    A CUDA device is made the current one, since kernels written in Triton run on that one.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(0, device=name).device
+        torch.empty(0, device=device).cpu()  # the meta device has no values
     except Exception as error:  # each backend has its own
         raise ValueError(f"device {str(name)!r} is not available") from error
     if device.type == "cuda":
@@ -885,7 +916,7 @@ def progress_bar(count: int, name: str):
 
 # --------------------------------------------------------------------------- checks and errors
 
-# Caused by arguments, memory, kernels or files, and so told in one line without a traceback.
+# Exceptions caused by arguments, memory or files: they are told in one line without a traceback.
 EXPECTED_ERRORS = (ValueError, RuntimeError, OSError, SafetensorError)
 
 
@@ -915,7 +946,7 @@ def check_model(model: nn.Module, settings: Settings) -> None:
         raise ValueError("the model is quantised: prune the original and quantise the result")
     blocks = find_blocks(model)
     names = [name for name, _ in blocks.named_parameters(remove_duplicate=False)]
-    if len(names) > len(list(blocks.parameters())):
+    if len(names) > len(list(blocks.parameters())):  # a shared one has two names
         raise ValueError("blocks share parameters, but each block is pruned for its own inputs")
     if any("lora_" in name for name in names):
         raise ValueError("the model has LoRA adapters: merge them into its weights first")
@@ -931,10 +962,9 @@ def check_divisible(name: str, in_features: int, pattern: tuple[int, int] | None
 
 
 def check_walk(walk: BlockWalk, pattern: tuple[int, int] | None) -> None:
-    """Call `walk.check`; raise a ValueError if it multiplies nothing that can be pruned.
+    """Call `walk.check`; raise a ValueError also if nothing can be pruned or the pattern is unfit.
 
-    So too if the pattern does not fit an expert of a stack: only the product tells which of its
-    dimensions is the input.
+    For the experts of a stack, only a product shows which dimension is the input.
     """
     in_features = {}
 
@@ -958,9 +988,9 @@ def check_tokens(model: nn.Module, tokens: Tensor) -> None:
         raise ValueError(f"seqlen={tokens.shape[1]} exceeds the {positions} positions of the model")
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
-        largest = int(tokens.max())
-        if largest >= embedding.num_embeddings:
-            raise ValueError(f"token id {largest} is not one of {embedding.num_embeddings}")
+        vocabulary = embedding.num_embeddings
+        if tokens.min() < 0 or tokens.max() >= vocabulary:
+            raise ValueError(f"token ids must be in 0..{vocabulary - 1}: use the model's tokenizer")
 
 
 def count_positions(model: nn.Module) -> float:
@@ -972,7 +1002,7 @@ def count_positions(model: nn.Module) -> float:
     for name, module in model.named_modules():
         padding_index = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding_index is not None:
-            limit -= padding_index + 1  # RoBERTa counts positions from there
+            limit -= padding_index + 1  # the first position of RoBERTa and its kin
     return limit
 
 
@@ -1013,25 +1043,25 @@ def sum_over_ranks(groups: list[LinearGroup]) -> None:
     if any(other != members for other in gather_from_ranks(members)):
         raise ValueError("linear layers share their inputs on some ranks but not on others")
     counts = gather_from_ranks([group.tokens for group in groups])
-    for group, tokens in zip(groups, zip(*counts, strict=True), strict=True):
-        group.tokens = sum(tokens)
+    for i, group in enumerate(groups):
+        group.tokens = sum(count[i] for count in counts)
         dist.all_reduce(group.gram)
         if group.cross is not None:
             dist.all_reduce(group.cross)
 
 
 def share_results(groups: list[LinearGroup], results: dict[int, list]) -> list[PrunedLinear]:
-    """Exchange the pruned weights; return the results of all groups, each rank having its own."""
+    """Send this rank's pruned weights to the others; return the results of all, in order."""
     if count_ranks() > 1:
-        for turn, group in enumerate(groups):
+        for number, group in enumerate(groups):
             for weight in group.weights.values():
                 pruned = weight.contiguous()  # a transposed view cannot be sent
-                dist.broadcast(pruned, src=turn % count_ranks())
+                dist.broadcast(pruned, src=number % count_ranks())
                 weight.copy_(pruned)
     of_all_ranks = {}
     for part in gather_from_ranks(results):
         of_all_ranks |= part
-    return [result for turn in sorted(of_all_ranks) for result in of_all_ranks[turn]]
+    return [result for number in sorted(of_all_ranks) for result in of_all_ranks[number]]
 
 
 # ----------------------------------------------------------------------- finished blocks on disk
@@ -1043,17 +1073,18 @@ class FinishedBlocks:
     Their names carry the fingerprint of the run: runs with other settings do not see them.
     """
 
-    def __init__(self, folder: Path | None, fingerprint: str):
-        self.folder = folder
+    def __init__(self, folder: Path | str | None, fingerprint: str):
+        self.folder = None
         self.fingerprint = fingerprint
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, index: int) -> Path:
         return self.folder / f"block-{index:04}-{self.fingerprint}.safetensors"
 
     def has(self, index: int) -> bool:
-        """Return whether rank 0 has the file of block `index`."""
+        """Return whether block `index` is finished, as rank 0 sees it."""
         return gather_from_ranks(self.folder is not None and self.path(index).exists())[0]
 
     def save(self, index: int, block: nn.Module, results: list[PrunedLinear]) -> None:
@@ -1064,35 +1095,40 @@ class FinishedBlocks:
         state = {name: tensor.contiguous() for name, tensor in block.state_dict().items()}
         metadata = {"results": json.dumps([asdict(result) for result in results])}
         save_file(state, unfinished, metadata)
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
+        flush_to_disk(unfinished)
         unfinished.replace(self.path(index))
 
     def load(self, index: int, block: nn.Module) -> list[PrunedLinear]:
         """Load the weights of block `index` into the model and return its results."""
         path = self.path(index)
         with error_context(f"cannot read {path}; delete it to prune the block again"):
-            block.load_state_dict(load_file(path))
             with safe_open(path, "pt") as file:
+                block.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
                 results = json.loads(file.metadata()["results"])
         for result in results:
             result["shape"] = tuple(result["shape"])
         return [PrunedLinear(**result) for result in results]
 
 
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file is written, so that it survives a power failure."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def get_fingerprint(
     model: nn.Module, tokens: Tensor, settings: Settings, device: torch.device
 ) -> str:
-    """Return a hash of what decides the result, rounding apart.
+    """Return a hash of all that the result depends on, up to rounding.
 
-    That is the arguments, this file, and the versions of torch and transformers. To save time, only
-    every 1009th element of a matrix enters; vectors enter whole.
+    It covers the arguments, this file, and the versions of torch and transformers. To save time,
+    only every 1009th element of a matrix is read.
     """
     versions = (torch.__version__, transformers.__version__)
     config = model.config.to_json_string()
     sha = hashlib.sha256(Path(__file__).read_bytes())
     sha.update(repr((settings, device.type, versions, config)).encode())
-    samples = [p.detach().flatten()[:: 1009 if p.ndim > 1 else 1] for p in model.parameters()]
+    samples = [p.detach().flatten()[:: 1009 if p.ndim > 1 else 1] for p in tensors_of(model)]
     for tensor in (tokens, *samples):
         sha.update(str(tensor.dtype).encode())
         sha.update(tensor.double().cpu().numpy().tobytes())
@@ -1130,11 +1166,12 @@ def calibration_tokens(
 ) -> Tensor:
     """Return calibration tokens, (nsamples, seqlen) int64; the same seed gives the same tokens.
 
-    Of "c4" they are a random crop of each document longer than `seqlen`, as in the paper; of
-    "wikitext2" (the train split) or a text file they are random windows.
+    For "c4", they are a random crop of each document longer than `seqlen`, as in the paper; for
+    "wikitext2" (the train split) or a text file, random windows of the text.
     """
     documents = (tokenize(tokenizer, text) for text in load_documents(source, "train", seed))
     if source == "c4":
+        documents = islice(documents, 1000 * nsamples)  # rather than search all of C4
         documents = (ids for ids in documents if len(ids) > seqlen)
     else:
         ids = next(documents)
@@ -1146,6 +1183,8 @@ def calibration_tokens(
     for ids in islice(documents, nsamples):
         start = int(torch.randint(len(ids) - seqlen + 1, (), generator=generator))
         samples.append(ids[start : start + seqlen])
+    if len(samples) < nsamples:
+        raise ValueError(f"only {len(samples)} documents have more than {seqlen} tokens")
     return torch.stack(samples)
 
 
@@ -1221,7 +1260,7 @@ def summarise(results: list[PrunedLinear]) -> str:
     lines = [f"{'linear layer':28} {'count':>6} {'sparsity':>8} {'error':>7} {'gap':>7}"]
     for kind, rows in kinds.items():
         line = f"{kind:28} {len(rows):6} {fmean(row.sparsity for row in rows):8.4f}"
-        measured = [row for row in rows if row.tokens > 0]
+        measured = [row for row in rows if row.error is not None]
         if measured:
             error = fmean(row.error for row in measured)
             gap = fmean(row.gap for row in measured)
@@ -1230,29 +1269,29 @@ def summarise(results: list[PrunedLinear]) -> str:
     few = sum(0 < result.tokens < result.shape[1] for result in results)
     none = sum(result.tokens == 0 for result in results)
     if few or none:
-        lines.append(f"{few} of {len(results)} received fewer calibration tokens than they have "
-                     f"inputs, {none} received none and were pruned by magnitude")  # fmt: skip
+        lines.append(f"{few} of {len(results)} layers received fewer tokens than they have inputs; "
+                     f"{none} received none and were pruned by magnitude")  # fmt: skip
     return "\n".join(lines)
 
 
 def find_unpruned(model: nn.Module, results: list[PrunedLinear]) -> dict[str, float]:
     """Return what was not pruned: name without indices -> share of all parameters in the blocks.
 
-    Parameters of one dimension are left out.
+    Biases and norms are not listed.
     """
     blocks = find_blocks(model)
     pruned = {f"{result.block}.{result.name}" for result in results}
     total = sum(p.numel() for p in blocks.parameters())
     shares = Counter()
     for name, p in blocks.named_parameters():
-        is_pruned = name.removesuffix(".weight") in pruned or f"{name}.0" in pruned  # stack.0
+        is_pruned = name.removesuffix(".weight") in pruned or f"{name}.0" in pruned  # expert 0
         if p.ndim > 1 and not is_pruned:
             shares[without_indices(name)] += p.numel() / total
     return dict(shares)
 
 
 def format_amount(settings: Settings) -> str:
-    """Return what is pruned as a part of a file name: "0.5", "2of4"."""
+    """Return the sparsity or the pattern as in a file name: "0.5", "2of4"."""
     return "{}of{}".format(*settings.pattern) if settings.pattern else f"{settings.sparsity:g}"
 
 
@@ -1266,7 +1305,7 @@ def choose_output_folder(args: argparse.Namespace, settings: Settings) -> Path:
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; choose another --save")
-    if folder.is_mount():
+    if folder.is_mount():  # the new folder is renamed to its name at the end
         raise ValueError(f"{folder} cannot be replaced; choose another --save")
     if not folder.parent.is_dir() or not os.access(folder.parent, os.W_OK):
         raise ValueError(f"cannot create {folder}: its parent folder is missing or read-only")
@@ -1283,7 +1322,7 @@ def prune_and_save(args: argparse.Namespace, settings: Settings) -> None:
     with error_context(f"cannot calibrate with {args.calibration}", Exception):
         tokens = calibration_tokens(args.calibration, tokenizer, args.nsamples, seqlen, args.seed)
     model = load_model(args.model, args.dtype, skeleton.config, device)
-    if model.can_generate():  # some cannot be saved, which should not be learnt after the pruning
+    if model.can_generate():  # invalid settings must not be found after hours of pruning
         with error_context("the generation settings of the model cannot be saved"):
             with tempfile.TemporaryDirectory() as trial:
                 model.generation_config.save_pretrained(trial)
@@ -1307,6 +1346,10 @@ def prune_and_save(args: argparse.Namespace, settings: Settings) -> None:
     }
     with error_context(f"cannot write {folder}; rerun the same command to resume"):
         save_model(model, tokenizer, report, folder, partial)
+    with suppress(OSError):  # the folder stays if the user keeps anything in it
+        for path in partial.glob("block-[0-9][0-9][0-9][0-9]-????????????????.*"):
+            path.unlink()
+        partial.rmdir()
     print(summarise(results))
     for name, share in unpruned.items():
         print(f"not pruned: {name}, {share:.1%} of the parameters in the blocks")
@@ -1318,18 +1361,17 @@ def prune_and_save(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def save_model(model, tokenizer, report: dict, folder: Path, partial: Path) -> None:
-    """Save a model in a new folder, whole or not at all, and remove its finished blocks."""
+    """Save a model in a new folder: whole or not at all, even if the power fails."""
     unfinished = partial / "unfinished-model"
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was interrupted here
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     text = json.dumps(report, indent=2, default=str)  # paths, devices and dtypes become strings
     (unfinished / "pruning_report.json").write_text(text, encoding="utf-8")
+    for path in unfinished.rglob("*"):
+        if path.is_file():
+            flush_to_disk(path)
     unfinished.rename(folder)  # takes the place of an empty folder, never of another one
-    for path in partial.glob("block-*"):
-        path.unlink()
-    with suppress(OSError):  # the folder stays if it holds anything else
-        partial.rmdir()
 
 
 def demo(args: argparse.Namespace, settings: Settings) -> None:
@@ -1390,7 +1432,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="selects the calibration text")
     add("--device", help="default: cuda if there is a GPU, else cpu")
     add("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's; float32 on a CPU")
-    add("--save", type=Path, metavar="DIR", help="default: MODEL-METHOD-SPARSITY")
+    add("--save", type=Path, metavar="DIR", help="default: by model, method and sparsity")
     args = parser.parse_args()
     for name in ("method", "calibration", "seed", "save"):
         if args.demo and getattr(args, name) != parser.get_default(name):
@@ -1405,8 +1447,8 @@ def parse_arguments() -> argparse.Namespace:
 @contextmanager
 def command_line(program: str, hint: str = ""):
     """Set up torch, and turn what goes wrong inside into an exit with one sentence."""
-    # TF32 on GPUs. Gram matrices of 16-bit inputs lose nothing, as TF32 holds 16 bits exactly; in
-    # the solver, emulated on 18 layers, the error rose by 0.01 %.
+    # TF32 on GPUs, in which Gram matrices of 16-bit inputs are exact. In the solver it raises the
+    # reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
     torch.set_float32_matmul_precision("high")
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -1419,8 +1461,8 @@ def command_line(program: str, hint: str = ""):
 
 def join_ranks() -> None:
     """Join the processes that torchrun started; all but rank 0 print errors only."""
-    # transformers imports this module when it loads a model. If that is after the process group was
-    # made, the module keeps the group alive, and one run in nine aborted at its exit.
+    # Imported later, as transformers does when it loads a model, this module would keep the process
+    # group alive, and one run in nine crashed at its exit.
     importlib.import_module("torch.distributed.nn")
     backend = "gloo"
     if torch.cuda.is_available():

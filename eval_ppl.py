@@ -3,10 +3,10 @@
     python eval_ppl.py --model facebook/opt-6.7b
     python eval_ppl.py --model opt-6.7b-admm-grad-0.5 --dataset wikitext2 --seqlen 2048
 
-The protocol is that of the published tables (GPTQ, SparseGPT, Wanda): join the rows of the test
-split by blank lines, tokenise them once, cut windows of `seqlen` tokens that do not overlap, drop
-the last partial one, and take exp of the mean negative log-likelihood. Blocks visit the GPU one at
-a time, as in pruning, so the model may be larger than the memory of the GPU.
+The protocol is that of the published tables (GPTQ, SparseGPT, Wanda): join the rows of WikiText-2's
+test split by blank lines, tokenise them once, cut windows of `seqlen` tokens that do not overlap,
+drop the last, incomplete window, and take exp of the mean negative log-likelihood. Blocks visit the
+GPU one at a time, as in pruning, so the model may be larger than the memory of the GPU.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def evaluation_tokens(
     with ap.error_context(f"cannot read {source}", Exception):
         documents = ap.load_documents(source, split)
         if source == "c4":
-            documents = islice(documents, 1100)
+            documents = islice(documents, 1100)  # the other sources are one document
         ids = ap.tokenize(tokenizer, " ".join(documents))
     count = len(ids) // seqlen
     if source == "c4":

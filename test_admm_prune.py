@@ -31,7 +31,6 @@ from admm_prune import PAPER, ADMMConfig, Settings
 
 torch.set_num_threads(1)  # for tensors as small as these, threads get in each other's way
 DOCS = "\n\n".join(pydoc_data.topics.topics.values())
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 # Small values for whatever of these a configuration has; `build_tiny` drops those that do not fit.
 SIZES = """
 0 pad_token_id bos_token_id eos_token_id
@@ -346,7 +345,9 @@ def test_half_precision_weights(dtype):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(mask=torch.ones(1, 40)), "mask must have the shape of the weight, (24, 40)"),
+        (dict(mask=torch.ones(1, 40) > 0), "mask must be (24, 40) bool, got (1, 40) torch.bool"),
+        (dict(mask=torch.ones(24, 40)), "mask must be (24, 40) bool, got (24, 40) torch.float32"),
+        (dict(pattern=(2, 0)), "pattern must be (N, M) with 0 < N < M, got (2, 0)"),
         (dict(weight=torch.ones(24, 39)), "weight (24, 39) and Gram matrix (40, 40) do not fit"),
         (dict(gram=torch.ones(40, 41)), "do not fit"),
         (dict(gram=torch.ones(40)), "do not fit"),
@@ -602,8 +603,27 @@ def test_experts_and_linears_that_no_token_reaches():
             size = before[name].abs()
             assert size[kept].min() >= size[~kept].max()
     few = sum(0 < record.tokens < record.shape[1] for record in records)
-    assert f"{few} of {len(records)} received fewer calibration tokens" in ap.summarise(records)
+    assert f"{few} of {len(records)} layers received fewer tokens" in ap.summarise(records)
     assert "9 received none and were pruned by magnitude" in ap.summarise(records)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text"])
+def test_shared_experts_are_corrected_and_experts_keep_n_of_m(kind):
+    model, tokens = make_model(kind), make_tokens()
+    groups = collect(model, tokens, change=torch.sin)
+    corrected = {
+        name for names, group in groups.items() if group.cross is not None for name in names
+    }
+    if kind == "llama4_text":
+        path = "feed_forward.shared_expert."
+        assert {path + "gate_proj", path + "up_proj"} <= corrected
+    assert not any(re.search(r"experts\..*\d$", name) for name in corrected)
+    records = prune_tiny(model, tokens, pattern=(2, 4))
+    assert all(record.sparsity == 0.5 for record in records)
+    if kind == "gpt_oss":  # how experts lie in their stack is known once they are multiplied
+        message = r"^0.mlp.experts.down_proj.\d: in_features=48 is not divisible by M=32"
+        with pytest.raises(ValueError, match=message):
+            prune_tiny(make_model(kind), tokens, pattern=(16, 32))
 
 
 def test_square_experts_are_pruned_the_way_they_are_multiplied():
@@ -719,7 +739,11 @@ def test_the_fingerprint_knows_what_decides_the_result(monkeypatch):
     def dtype(model):
         model.bfloat16()
 
-    marks = [mark(), mark(config), mark(norm), mark(dtype), mark(tokens=make_tokens(seed=5))]
+    def matrix(model):
+        model.model.layers[1].mlp.up_proj.weight.data[0, 0] *= 2
+
+    marks = [mark(), mark(config), mark(norm), mark(dtype), mark(matrix)]
+    marks += [mark(tokens=make_tokens(seed=5))]
     marks += [mark(sparsity=0.6), mark(method="admm"), mark(pattern=(2, 4)), mark(pattern=(4, 8))]
     marks += [mark(config=PAPER), mark(device="cuda")]
     assert mark() == marks[0] and mark(device="cuda:1") == mark(device="cuda:0")
@@ -730,7 +754,7 @@ def test_the_fingerprint_knows_what_decides_the_result(monkeypatch):
     with monkeypatch.context() as patch:  # as if the module had been edited
         patch.setattr(Path, "read_bytes", lambda _: b"")
         marks.append(mark())
-    assert len(set(marks)) == len(marks) == 14
+    assert len(set(marks)) == len(marks) == 15
 
 
 def test_models_that_cannot_be_pruned():
@@ -782,9 +806,10 @@ def test_models_that_see_later_tokens():
     model = hf.BertLMHeadModel(hf.BertConfig(vocab_size=96, **sizes)).eval()
     for p in model.parameters():
         p.data.mul_(3 if p.ndim > 1 else 1)
-    for action in (ap.prune_model, ap.perplexity):
-        with pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
-            action(model, make_tokens(), device="cpu")
+    for tokens in (make_tokens(), make_tokens(seqlen=4).repeat(1, 6)):
+        for action in (ap.prune_model, ap.perplexity):
+            with pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
+                action(model, tokens, device="cpu")
 
 
 @pytest.mark.parametrize("action", [ap.prune_model, ap.perplexity])
@@ -792,7 +817,8 @@ def test_tokens_that_the_model_does_not_have(action):
     model = make_model()
     long = make_tokens(seqlen=65)
     for tokens, message in (
-        (make_tokens() + 96, "is not one of 96"),
+        (make_tokens() + 96, "token ids must be in 0..95"),
+        (make_tokens() - 96, "token ids must be in 0..95"),
         (long, "seqlen=65 exceeds the 64 positions"),
         (make_tokens(count=0), "tokens must be (sequences, seqlen), got shape (0, 24)"),
     ):
@@ -1136,6 +1162,7 @@ def test_a_run_that_ends_while_saving_keeps_its_blocks_and_resumes(
     base += ["--seqlen", 64, "--nsamples", 2, "--method", "magnitude", "--save", "out"]
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").write_text("a file of the user")
+    (tmp_path / "out.partial" / "block-notes.txt").write_text("another")
     pruned, prune_block = [], ap.prune_block
     spy = lambda walk, index, *rest: pruned.append(index) or prune_block(walk, index, *rest)  # noqa: E731
     monkeypatch.setattr(ap, "prune_block", spy)
@@ -1155,7 +1182,8 @@ def test_a_run_that_ends_while_saving_keeps_its_blocks_and_resumes(
     assert run(monkeypatch, *base) is None
     assert pruned[12:] == [1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
-    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["mine.txt"]
+    left = sorted(path.name for path in (tmp_path / "out.partial").iterdir())
+    assert left == ["block-notes.txt", "mine.txt"]
 
 
 def test_generation_settings_that_cannot_be_saved_are_told_before_the_work(
