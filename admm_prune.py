@@ -403,7 +403,7 @@ def prune_model(
         dense_states = None
         if settings.method == "admm-grad" and settings.config.correction > 0:
             dense_states = walk.embed()
-        for index in progress_bar(walk.depth, settings.method):
+        for index in tqdm(range(walk.depth), settings.method, disable=get_rank() > 0):
             with walk.on_device(index) as block, error_context(f"block {index}"):
                 if finished.has(index):
                     if dense_states is not None:
@@ -788,14 +788,9 @@ class BlockWalk:
         Their dtype is that of the blocks' outputs, which may be float32 after bfloat16 embeddings.
         With a GPU they are page-locked, which makes copies several times faster.
         """
-        states = None
-        for row, sequence in enumerate(self.sequences):
-            embedded = self.run_embeddings(sequence)
-            if states is None:
-                shape = (len(self.sequences), *embedded.shape)
-                states = torch.empty(shape, dtype=self.states_dtype, pin_memory=self.has_gpu)
-            states[row].copy_(embedded, non_blocking=self.has_gpu)
-        return states
+        states = torch.stack([self.run_embeddings(tokens).cpu() for tokens in self.sequences])
+        states = states.to(self.states_dtype)
+        return states.pin_memory() if self.has_gpu else states
 
     def advance(self, states: Tensor, index: int) -> None:
         """Replace the hidden states of all sequences by those after block `index`, in place."""
@@ -875,7 +870,7 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
     with BlockWalk(model, tokens, select_device(device)) as walk:
         walk.check()
         states = walk.embed()
-        for index in progress_bar(walk.depth, "perplexity"):
+        for index in tqdm(range(walk.depth), "perplexity", disable=get_rank() > 0):
             with walk.on_device(index):
                 walk.advance(states, index)
         for sequence, state in zip(walk.sequences, states, strict=True):
@@ -907,11 +902,6 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def progress_bar(count: int, name: str):
-    """Return range(count) with a progress bar, shown by rank 0."""
-    return tqdm(range(count), name, unit="block", disable=get_rank() > 0)
 
 
 # --------------------------------------------------------------------------- checks and errors
@@ -950,15 +940,11 @@ def check_model(model: nn.Module, settings: Settings) -> None:
         raise ValueError("blocks share parameters, but each block is pruned for its own inputs")
     if any("lora_" in name for name in names):
         raise ValueError("the model has LoRA adapters: merge them into its weights first")
-    for name, layer in find_linears(blocks).items():
-        in_features = layer.in_features if isinstance(layer, nn.Linear) else layer.nx
-        check_divisible(name, in_features, settings.pattern)
-
-
-def check_divisible(name: str, in_features: int, pattern: tuple[int, int] | None) -> None:
-    """Raise a ValueError if a layer has no whole number of groups of M inputs."""
-    if pattern and in_features % pattern[1]:
-        raise ValueError(f"{name}: in_features={in_features} is not divisible by M={pattern[1]}")
+    in_features = {
+        name: layer.in_features if isinstance(layer, nn.Linear) else layer.nx
+        for name, layer in find_linears(blocks).items()
+    }
+    check_in_features(in_features, settings.pattern)
 
 
 def check_walk(walk: BlockWalk, pattern: tuple[int, int] | None) -> None:
@@ -975,8 +961,14 @@ def check_walk(walk: BlockWalk, pattern: tuple[int, int] | None) -> None:
         walk.check()
     if not in_features:
         raise ValueError("the forward of the model multiplies no linear layer as a whole")
+    check_in_features(in_features, pattern)
+
+
+def check_in_features(in_features: dict[str, int], pattern: tuple[int, int] | None) -> None:
+    """Raise a ValueError if the inputs of a layer cannot be divided into groups of M."""
     for name, count in in_features.items():
-        check_divisible(name, count, pattern)
+        if pattern and count % pattern[1]:
+            raise ValueError(f"{name}: in_features={count} is not divisible by M={pattern[1]}")
 
 
 def check_tokens(model: nn.Module, tokens: Tensor) -> None:
@@ -1353,10 +1345,9 @@ def prune_and_save(args: argparse.Namespace, settings: Settings) -> None:
     print(summarise(results))
     for name, share in unpruned.items():
         print(f"not pruned: {name}, {share:.1%} of the parameters in the blocks")
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-        print(f"peak memory of the GPU: {peak:.2f} GiB")
     print(f"pruned in {seconds:.1f} s")
+    if device.type == "cuda":
+        print(f"peak GPU memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
     print(f"wrote {folder}; next: python eval_ppl.py --model {os.path.relpath(folder)}")
 
 

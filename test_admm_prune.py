@@ -436,6 +436,7 @@ def test_architectures(kind):
     )
     for name in set(linears) - set(pruned):
         assert dense.search(name) and f"{ap.without_indices(name)}.weight" in listed, name
+    assert not {ap.without_indices(name) for name in stacks} & set(listed)
     ours = {id(p) for p in (*(linear.weight for linear in linears.values()), *stacks.values())}
     for name, p in model.named_parameters():
         if id(p) not in ours:
@@ -508,10 +509,15 @@ def test_inputs_that_the_block_changes_in_place():
         args[0].add_(1)
 
     attention = model.model.layers[1].self_attn
-    attention.v_proj.register_forward_hook(add)
+    hook = attention.v_proj.register_forward_hook(add)
     changed = collect(model, tokens, change=torch.sin)
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     torch.testing.assert_close(changed[names].cross, plain[names].cross)
+    hook.remove()
+    attention.q_proj.register_forward_hook(add)  # k_proj and v_proj receive another input then
+    changed = collect(model, tokens, change=torch.sin)
+    torch.testing.assert_close(changed[names[:1]].gram, plain[names].gram)
+    assert names[1:] in changed
 
 
 @pytest.mark.parametrize(
@@ -1281,13 +1287,18 @@ def test_windows_do_not_overlap_and_the_last_partial_one_is_dropped(folder, toke
     assert len(eval_ppl.evaluation_tokens(str(folder / "test.txt"), tokenizer, 1000, limit=2)) == 2
     with pytest.raises(ValueError, match="tokens, but one window needs 1000"):
         eval_ppl.evaluation_tokens(str(folder / "short.txt"), tokenizer, 1000)
-    rows = {"text": [text[:200]] * 1100 + ["not one of the first 1100"] * 100}
-    stream = datasets.Dataset.from_dict(rows).to_iterable_dataset()
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    rows = [text[:200]] * 1100 + ["not one of the first 1100"] * 100
+
+    def load(name, config, split, streaming=False):
+        assert (name, split) in (("allenai/c4", "validation"), ("Salesforce/wikitext", "test"))
+        table = datasets.Dataset.from_dict({"text": rows if streaming else rows[:30]})
+        return table.to_iterable_dataset() if streaming else table
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
     c4 = eval_ppl.evaluation_tokens("c4", tokenizer, 64)
-    assert c4.shape == (256, 64) and torch.equal(c4[0, :40], windows[0][:40])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"text": ["One", "", "Two"]})
-    assert ap.load_documents("wikitext2", "test") == ["One\n\n\n\nTwo"]
+    assert torch.equal(c4.flatten(), ap.tokenize(tokenizer, " ".join(rows[:1100]))[: 256 * 64])
+    wikitext2 = eval_ppl.evaluation_tokens("wikitext2", tokenizer, 64, limit=3)
+    assert torch.equal(wikitext2.flatten(), ap.tokenize(tokenizer, "\n\n".join(rows[:30]))[:192])
 
 
 def test_perplexity_command_line(folder, monkeypatch):
