@@ -22,7 +22,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -57,7 +56,7 @@ class ADMMConfig:
 
     damping: float = 0.1  # added to the unit diagonal of the scaled Gram matrix
     rho: tuple[float, ...] = (0.25, 0.4, 0.63, 1.0)  # penalties, one after the other
-    updates_per_rho: int = 4  # updates of W, Z and U with each penalty
+    updates_per_rho: int = 4  # steps with each penalty; before them, step 1 has no penalty
     mask_steps: int = 4  # the mask reaches the full sparsity in this step (T in the paper)
     freeze_mask: bool = False  # True: select no mask after that step; False: one in every step
     saliency: bool = True  # True: rank weights as optimal brain surgeon does; False: as Wanda does
@@ -66,9 +65,9 @@ class ADMMConfig:
     def __post_init__(self):
         if not self.rho or not all(rho > 0 for rho in self.rho):
             raise ValueError(f"rho must be a non-empty tuple of positive numbers, got {self.rho}")
-        updates = len(self.rho) * self.updates_per_rho
-        if not 1 <= self.mask_steps <= updates:
-            raise ValueError(f"mask_steps must be in 1..{updates}, got {self.mask_steps}")
+        steps = 1 + len(self.rho) * self.updates_per_rho
+        if not 1 <= self.mask_steps <= steps:
+            raise ValueError(f"mask_steps must be in 1..{steps}, got {self.mask_steps}")
         if not 0 <= self.damping:
             raise ValueError(f"damping must not be negative, got {self.damping}")
         if not 0 <= self.correction <= 1:
@@ -101,7 +100,7 @@ def prune_weight(
     Returns: the pruned weight, in the shape and dtype of `weight`.
     Raises: ValueError if the arguments do not fit each other, or are not finite.
     """
-    sparsity = final_sparsity(sparsity, pattern)
+    sparsity = resolve_sparsity(sparsity, pattern)
     check_tensors(weight, gram, pattern, mask)
 
     # Features are scaled to unit norm: one rho suits them all, and |W0| = |W| d is Wanda's score.
@@ -125,7 +124,7 @@ def prune_weight(
     if given_mask is None:
         mask = select_mask(W0, gradual_sparsity(sparsity, step, config), pattern, sections)
     Z = W0 * mask
-    U = W0 - Z  # 0 + W - Z
+    U = W0 - Z  # U + W - Z with U = 0 and W = W0
     previous_rho = config.rho[0]
     for rho in config.rho:
         U *= previous_rho / rho  # U is the Lagrange multiplier over rho; the multiplier is kept
@@ -160,7 +159,7 @@ def check_tensors(weight: Tensor, gram: Tensor, pattern=None, mask: Tensor | Non
         raise ValueError("the weight or its Gram matrix holds NaN or infinite values")
 
 
-def final_sparsity(sparsity: float, pattern: tuple[int, int] | None) -> float:
+def resolve_sparsity(sparsity: float, pattern: tuple[int, int] | None) -> float:
     """Return the sparsity, which a pattern overrides; raise ValueError if one is not valid."""
     if pattern is not None:
         if len(pattern) != 2 or not 0 < pattern[0] < pattern[1]:
@@ -174,7 +173,7 @@ def final_sparsity(sparsity: float, pattern: tuple[int, int] | None) -> float:
 def feature_norms(gram: Tensor) -> Tensor:
     """Return sqrt(diag(gram)), (in_features,).
 
-    A feature that was never active gets a tiny norm instead of 0: one may divide by it, and its
+    A feature that was never active gets a tiny norm instead of 0, so that division is safe and its
     weights are pruned first.
     """
     norms = gram.diagonal().sqrt()
@@ -227,9 +226,9 @@ def select_mask(
 def kth_smallest(values: Tensor, k: int) -> Tensor:
     """Return the k-th smallest, k counted from 1, of float32 values (n,) that are not negative.
 
-    Their bits, read as integers, have the same order. The upper 16 bits, of which the sign is 0,
-    are the number of a bucket, and only the bucket with the k-th value is searched: on a CPU this
-    takes a third of the time of `torch.kthvalue` on all values.
+    Such floats sort like their bit patterns. The upper 16 bits are taken as the number of a bucket
+    (2^15 buckets, as the sign bit is 0), and only the bucket that holds the k-th value is searched:
+    on a CPU this takes a third of the time of `torch.kthvalue` on all values.
     """
     buckets = values.view(torch.int32) >> 16
     cumulative_counts = torch.bincount(buckets, minlength=1 << 15).cumsum(0)
@@ -262,7 +261,7 @@ def correct_weight(
     A = gram / d / d[:, None]  # of unit diagonal, for accuracy
     A.diagonal().add_(damping)
     lost = weight @ cross / d  # (out, in)
-    won_back = torch.cholesky_solve(lost.T, torch.linalg.cholesky(A)).T / d
+    won_back = torch.cholesky_solve(lost.T, torch.linalg.cholesky(A)).T / d  # lost A^-1 / d
     return weight + strength * won_back
 
 
@@ -273,9 +272,9 @@ def measure_error(
     """Return the reconstruction error and the optimality gap of a pruned weight.
 
     The error is ||X W^T - X W'^T||^2 / ||X W^T||^2. The gap is 0 if W' is the best weight with its
-    zeros. It is a gradient norm, relative to that of a weight of zeros: of what ADMM minimises (the
-    error, damped by damping * diag G), with respect to the nonzeros of W', with features scaled to
-    unit norm.
+    zeros for ADMM, whose objective is tr(D (G + damping * diag G) D^T) with D = W - W'. It is the
+    norm of the gradient of that objective over the nonzeros of W', with features of unit norm,
+    divided by the same norm at W' = 0.
 
     Args: `weight` and `pruned` (out_features, in_features), `gram` (in_features, in_features).
     """
@@ -312,7 +311,7 @@ class Settings:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        final_sparsity(self.sparsity, self.pattern)
+        resolve_sparsity(self.sparsity, self.pattern)
 
 
 @torch.no_grad()
@@ -326,11 +325,11 @@ def prune_with(
     if settings.method == "admm-grad":
         return prune_weight(weight, gram, sparsity, pattern, sections=sections, config=config)
     check_tensors(weight, gram, pattern)
-    sparsity = final_sparsity(sparsity, pattern)
+    sparsity = resolve_sparsity(sparsity, pattern)
     if settings.method == "magnitude":
         mask = select_mask(weight.float(), sparsity, pattern, sections)
     else:
-        if not pattern:  # each row is one group
+        if not pattern:  # Wanda compares within a row, which is the pattern kept:in_features
             in_features = weight.shape[1]
             pattern = (in_features - round(sparsity * in_features), in_features)
         scores = weight.float() * gram.diagonal().float().sqrt()
@@ -343,13 +342,11 @@ def prune_with(
 # --------------------------------------------------------------------------- pruning a model
 
 
-@dataclass(eq=False)  # equal only to itself, so that it can be a key
+@dataclass(eq=False)  # compared by identity: `finish` removes duplicates
 class LinearGroup:
     """Linear layers that share their input X, as q, k and v do, and sums over that input."""
 
-    weights: dict[
-        str, Tensor
-    ]  # name in the block -> view of the parameter, (out_features, in_features)
+    weights: dict[str, Tensor]  # name in the block -> view of its weight, (out, in)
     gram: Tensor  # G = X^T X, (in_features, in_features) float32
     cross: Tensor | None = None  # C = (X_dense - X)^T X, or None without a correction
     tokens: int = 0  # rows of X
@@ -388,8 +385,8 @@ def prune_model(
             model again and repeat the call.
 
     Returns: what became of each linear layer.
-    Raises: ValueError before anything is pruned, if the model or an argument does not fit, and
-        afterwards, if a block fails. OSError if `resume_dir` cannot be created.
+    Raises: ValueError, before anything is pruned if the model or an argument does not fit, or later
+        if a block fails. OSError if `resume_dir` cannot be created.
     """
     check_model(model, settings)
     check_tokens(model, tokens)
@@ -397,7 +394,7 @@ def prune_model(
     fingerprint = get_fingerprint(model, tokens, settings, device)
     results = []
     with BlockWalk(model, share_of_rank(tokens), device) as walk:
-        check_walk(walk, settings.pattern)  # records what `embed` needs
+        check_walk(walk, settings.pattern)  # before `embed`, which needs what it records
         finished = FinishedBlocks(resume_dir, fingerprint)
         pruned_states = walk.embed()  # hidden states of all sequences, before the current block
         dense_states = None
@@ -424,13 +421,13 @@ def prune_block(
 ) -> list[PrunedLinear]:  # fmt: skip
     """Prune block `index` in place.
 
-    `dense_states` advance through the block while it is dense. `pruned_states` only pass through it
-    to be measured; the caller advances them when it is pruned.
+    `dense_states` advance through the block while it is dense. `pruned_states` are only read, to
+    collect the inputs of its layers; the caller advances them once the block is pruned.
     """
     block = walk.blocks[index]
     collector = GroupCollector(block, walk.seqlen)
     for row in range(len(pruned_states)):
-        collector.start_sequence()
+        collector.forget_inputs()
         if dense_states is not None:
             with InterceptProducts(block, collector.keep_dense_input):
                 walk.advance_row(dense_states, index, row)
@@ -467,7 +464,7 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
         error, gap = None, None
         if group.tokens > 0:
             error, gap = measure_error(target_part, pruned_part, group.gram, config.damping)
-        shape = tuple(pruned_part.shape)
+        shape = tuple(weight.shape)
         results.append(PrunedLinear(index, name, shape, share_of_zeros, error, gap, group.tokens))
     return results
 
@@ -475,7 +472,7 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
 # -------------------------------------------------------------------------------------- capture
 #
 # While `InterceptProducts` is entered, it calls a function for each product of an input with a
-# weight of the block. `GroupCollector` has two such functions. For each sequence: `start_sequence`,
+# weight of the block. `GroupCollector` has two such functions. For each sequence: `forget_inputs`,
 # the dense pass with `keep_dense_input` (if there is a correction), the pruned pass with
 # `add_input`. At the end, `finish` returns the groups. A weight in no group stays dense.
 
@@ -513,9 +510,9 @@ def find_experts(block: nn.Module) -> dict[str, Tensor]:
     only pruned without a correction.
     """
     lists = [name for name, m in block.named_modules() if isinstance(m, nn.ModuleList)]
-    inside = tuple(f"{name}." for name in lists)
+    prefixes = tuple(f"{name}." for name in lists)
     linears = find_linears(block)
-    experts = {name: linears[name].weight.data for name in linears if name.startswith(inside)}
+    experts = {name: linears[name].weight.data for name in linears if name.startswith(prefixes)}
     for name, stack in find_stacks(block).items():
         for index, weight in enumerate(stack.data):
             experts[f"{name}.{index}"] = weight
@@ -535,7 +532,7 @@ class InterceptProducts(TorchFunctionMode):
     and weights that are multiplied without their module.
     """
 
-    # x @ weight.T arrives as Tensor.matmul. Products of other kinds, such as einsum, are not seen.
+    # The operator @ arrives as Tensor.matmul. Products of other kinds, as by einsum, are not seen.
     PRODUCTS = {F.linear, torch.addmm, torch.mm, torch.bmm, torch.matmul}
     PRODUCTS |= {Tensor.mm, Tensor.bmm, Tensor.matmul}
 
@@ -555,14 +552,13 @@ class InterceptProducts(TorchFunctionMode):
             if function is F.linear:
                 self.intercept(left, right)
             elif right.ndim > 1:
-                # Either factor may be the weight: left @ right is x @ weight.T or weight @ x.T.
-                self.intercept(left, right.mT)
-                self.intercept(right.mT, left)
+                self.intercept(left, right.mT)  # if it is x @ weight.T
+                self.intercept(right.mT, left)  # if it is weight @ x.T
         return function(*args, **kwargs)
 
     def intercept(self, x: Tensor, weight: Tensor) -> None:
         """Report the product if `weight` is a parameter of the block or a view of one."""
-        parameter = weight  # or the tensor that it is a view of
+        parameter = weight  # or the root of which it is a view
         if weight._base is not None:
             parameter = weight._base
         name = self.names.get(id(parameter))
@@ -573,7 +569,7 @@ class InterceptProducts(TorchFunctionMode):
             if weight.shape in (parameter.shape, parameter.mT.shape):
                 self.report(name, x, weight)
         elif weight.ndim == 2:
-            # One expert, stack[index] or its transpose: the offset in the stack tells the index.
+            # An expert, stack[index] or its transpose: it starts at a multiple of its size.
             size = parameter[0].numel()
             index, remainder = divmod(weight.storage_offset() - parameter.storage_offset(), size)
             if weight.numel() == size and remainder == 0:
@@ -603,8 +599,8 @@ class GroupCollector:
         self.previous_input = (None, 0)  # input of the previous product, and its version
         self.previous_group = None  # group of the previous product
 
-    def start_sequence(self) -> None:
-        """Forget the inputs of the sequence before."""
+    def forget_inputs(self) -> None:
+        """Forget the inputs of the current sequence."""
         self.dense_inputs.clear()
         self.previous_input = (None, 0)
 
@@ -615,22 +611,22 @@ class GroupCollector:
         """
         is_shared = self.shares_previous_input(name, x)
         has_all_tokens = x.shape[:-1].numel() == self.seqlen  # or else rows cannot be paired
-        uncorrected = name in self.experts or name == self.last_layer
-        if has_all_tokens and not is_shared and not uncorrected:
+        if has_all_tokens and not is_shared and name not in self.experts:
             self.dense_inputs[name].append(x.clone())  # the block may change x in place
-        if len(weight) > 1:  # not the one-output gate that may follow the shared expert
+        if len(weight) > 1:  # not the gate with one output that follows Qwen-MoE's shared expert
             self.last_layer = name
 
     def add_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Add an input in the pruned model to the sums of the layer's group."""
-        is_shared = self.shares_previous_input(name, x)
+        # A layer that already has a group of its own stays in it.
+        group = self.groups.get(name, self.previous_group)
+        is_shared = self.shares_previous_input(name, x) and group is self.previous_group
         if name not in self.groups:
             if is_shared:
                 self.groups[name] = self.previous_group
             else:
                 self.add_group(name, weight)
         group = self.groups[name]
-        is_shared = is_shared and group is self.previous_group
         self.previous_group = group
         group.weights[name] = weight
         self.received[name] += x.shape[:-1].numel()  # `finish` compares it with group.tokens
@@ -659,7 +655,7 @@ class GroupCollector:
         expert, which was.
         """
         weights = {name: weight}
-        if name in self.experts:  # strides tell the orientation of square weights too
+        if name in self.experts:  # compared by strides, since shapes cannot tell for square weights
             is_transposed = weight.stride() != self.experts[name].stride()
             for sibling, stored in self.experts.items():
                 if without_indices(sibling) == without_indices(name):
@@ -678,7 +674,7 @@ class GroupCollector:
         for name, group in self.groups.items():
             if self.received[name] != group.tokens:
                 raise ValueError(f"{list(group.weights)} share some of their inputs but not all")
-        self.start_sequence()  # frees the last input
+        self.forget_inputs()
         groups = list(dict.fromkeys(self.groups.values()))  # each of them once
         sum_over_ranks(groups)
         return groups
@@ -713,14 +709,14 @@ class BlockWalk:
         self.seqlen = tokens.shape[1]
         self.sequences = tokens.to(device).split(1)  # each (1, seqlen)
         self.has_gpu = device.type == "cuda"  # copies to and from it can be asynchronous
-        # Set by `check`:
-        self.extra_outputs = {}  # index of a block that returns a tuple -> [None, ...], in place of
-        # its further outputs when it is bypassed
+        # Both are set by `check`. For a block that returns a tuple: Nones, which stand for its
+        # further outputs while it is bypassed.
+        self.extra_outputs = {}  # index of the block -> [None, ...]
         self.states_dtype = None  # of the hidden states that blocks return
 
     def __enter__(self):
         model = self.model.eval()
-        with ExitStack() as changes:  # undoes them: at once if one fails, or else in `__exit__`
+        with ExitStack() as changes:  # undoes all changes if one of them fails
             for config in (model.config, model.config.get_text_config(decoder=True)):
                 for name, value in (("return_dict", True), ("output_router_logits", False)):
                     if getattr(config, name, value) != value:
@@ -735,7 +731,7 @@ class BlockWalk:
             for index, block in enumerate(self.blocks):
                 stand_in = functools.partial(self.stand_in, index, block.forward)
                 changes.enter_context(mock.patch.object(block, "forward", stand_in))
-            self.changes = changes.pop_all()
+            self.changes = changes.pop_all()  # none failed: `__exit__` will undo them
         return self
 
     def __exit__(self, *_):
@@ -752,15 +748,15 @@ class BlockWalk:
             block.to(home)
 
     def check(self) -> None:
-        """Raise a ValueError unless the model is causal and has the same logits block by block.
+        """Raise a ValueError unless the model gives the same logits block by block, and is causal.
 
-        Two sequences are compared whose first halves are the same, and so must be the logits there.
+        That is, two sequences with the same first half must have the same logits there.
         """
         name = type(self.model).__name__
         first = self.sequences[0][:, :64]
         half = first.shape[1] // 2
         second = first.clone()
-        second[:, half:] = (first[:, half:] + 1) % (first.max() + 1)  # no token is as before
+        second[:, half:] = (first[:, half:] + 1) % (first.max() + 1)  # other tokens
         pair = (first, second)
         with error_context(f"{name} cannot be run block by block", Exception):
             logits = [self.forward(tokens, running=range(self.depth)).float() for tokens in pair]
@@ -772,12 +768,12 @@ class BlockWalk:
                         raise ValueError(f"block {index} returns NaN or infinite values")
             for i, tokens in enumerate(pair):
                 difference = (self.run_head(tokens, states[i]) - logits[i]).norm()
-                if not difference <= 1e-4 * logits[i].norm():  # so also if it is NaN
+                if not difference <= 1e-4 * logits[i].norm():  # `not <=` is also true for NaN
                     relative = difference / logits[i].norm()
                     raise ValueError(f"its logits then differ by a relative {relative:.2g}")
         self.states_dtype = states[0].dtype
         difference = (logits[1] - logits[0])[:, :half].norm()
-        # In 16 bits, the rounding of an expert depends on how many tokens are routed to it.
+        # In 16 bits, an expert rounds otherwise if later tokens change the size of its batch.
         tolerance = 1e-2 if self.model.dtype in (torch.float16, torch.bfloat16) else 1e-4
         if difference > tolerance * logits[0][:, :half].norm():
             raise ValueError(f"{name} is not causal: its logits depend on later tokens")
@@ -846,7 +842,7 @@ class BlockWalk:
         if index == 0 and self.states is not None:
             states = self.states
         if index in self.running:
-            with self.on_device(index):  # where it is already, except in `check`
+            with self.on_device(index):  # callers hold it there already, except `check`
                 output = forward(states, *args, **kwargs)
             if not isinstance(output, Tensor):  # a tuple or list: the states and more
                 self.extra_outputs[index] = [None] * (len(output) - 1)
@@ -994,7 +990,7 @@ def count_positions(model: nn.Module) -> float:
     for name, module in model.named_modules():
         padding_index = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding_index is not None:
-            limit -= padding_index + 1  # the first position of RoBERTa and its kin
+            limit -= padding_index + 1  # RoBERTa numbers positions from there
     return limit
 
 
@@ -1033,7 +1029,7 @@ def sum_over_ranks(groups: list[LinearGroup]) -> None:
         return
     members = [(list(group.weights), group.cross is None) for group in groups]
     if any(other != members for other in gather_from_ranks(members)):
-        raise ValueError("linear layers share their inputs on some ranks but not on others")
+        raise ValueError("linear layers share or pair their inputs on some ranks only")
     counts = gather_from_ranks([group.tokens for group in groups])
     for i, group in enumerate(groups):
         group.tokens = sum(count[i] for count in counts)
@@ -1176,7 +1172,8 @@ def calibration_tokens(
         start = int(torch.randint(len(ids) - seqlen + 1, (), generator=generator))
         samples.append(ids[start : start + seqlen])
     if len(samples) < nsamples:
-        raise ValueError(f"only {len(samples)} documents have more than {seqlen} tokens")
+        raise ValueError(f"only {len(samples)} of the first {1000 * nsamples} documents have more "
+                         f"than {seqlen} tokens")  # fmt: skip
     return torch.stack(samples)
 
 
@@ -1261,7 +1258,7 @@ def summarise(results: list[PrunedLinear]) -> str:
     few = sum(0 < result.tokens < result.shape[1] for result in results)
     none = sum(result.tokens == 0 for result in results)
     if few or none:
-        lines.append(f"{few} of {len(results)} layers received fewer tokens than they have inputs; "
+        lines.append(f"{few} of {len(results)} layers received fewer tokens than in_features; "
                      f"{none} received none and were pruned by magnitude")  # fmt: skip
     return "\n".join(lines)
 
@@ -1297,7 +1294,7 @@ def choose_output_folder(args: argparse.Namespace, settings: Settings) -> Path:
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; choose another --save")
-    if folder.is_mount():  # the new folder is renamed to its name at the end
+    if folder.is_mount():  # cannot be the target of the final rename
         raise ValueError(f"{folder} cannot be replaced; choose another --save")
     if not folder.parent.is_dir() or not os.access(folder.parent, os.W_OK):
         raise ValueError(f"cannot create {folder}: its parent folder is missing or read-only")
@@ -1325,7 +1322,7 @@ def prune_and_save(args: argparse.Namespace, settings: Settings) -> None:
     if get_rank() > 0:
         return
     unpruned = find_unpruned(model, results)
-    sparsity = final_sparsity(settings.sparsity, settings.pattern)
+    sparsity = resolve_sparsity(settings.sparsity, settings.pattern)
     report = {
         "arguments": vars(args) | {"sparsity": sparsity, "seqlen": seqlen, "save": folder},
         "device": device,
@@ -1393,12 +1390,9 @@ def demo(args: argparse.Namespace, settings: Settings) -> None:
         print(f"{method:10} perplexity {perplexity(model, test, device):9.2f}")
 
 
-def parse_pattern(text: str) -> tuple[int, int]:
+def n_of_m(text: str) -> tuple[int, ...]:
     """Return (N, M) for "N:M"."""
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not N:M, such as 2:4")
-    return int(match[1]), int(match[2])
+    return tuple(int(number) for number in text.split(":"))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -1414,7 +1408,7 @@ def parse_arguments() -> argparse.Namespace:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros")
     pattern_help = "keep N of every M consecutive weights of a row"
-    amount.add_argument("--pattern", type=parse_pattern, metavar="N:M", help=pattern_help)
+    amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help=pattern_help)
     add("--method", choices=METHODS, default="admm-grad", help="algorithm")
     add("--paper", action="store_true", help="hyperparameters of the paper instead of ours")
     add("--calibration", default="c4", help="c4, wikitext2 or a text file")
@@ -1438,8 +1432,8 @@ def parse_arguments() -> argparse.Namespace:
 @contextmanager
 def command_line(program: str, hint: str = ""):
     """Set up torch, and turn what goes wrong inside into an exit with one sentence."""
-    # TF32 on GPUs, in which Gram matrices of 16-bit inputs are exact. In the solver it raises the
-    # reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
+    # TF32 on GPUs: 16-bit inputs fit into its mantissa, so Gram matrices lose nothing. In the
+    # solver it raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
     torch.set_float32_matmul_precision("high")
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -1452,8 +1446,8 @@ def command_line(program: str, hint: str = ""):
 
 def join_ranks() -> None:
     """Join the processes that torchrun started; all but rank 0 print errors only."""
-    # Imported later, as transformers does when it loads a model, this module would keep the process
-    # group alive, and one run in nine crashed at its exit.
+    # Import torch.distributed.nn before the process group exists. transformers imports it when it
+    # loads a model; it then keeps the group alive, and one run in nine crashed at its exit.
     importlib.import_module("torch.distributed.nn")
     backend = "gloo"
     if torch.cuda.is_available():

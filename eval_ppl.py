@@ -24,8 +24,8 @@ def evaluation_tokens(
     """Return the windows of a text, (windows, seqlen) int64.
 
     Args:
-        source: "wikitext2" (test split), "c4" (the first 1100 validation documents, 256 windows,
-            as in SparseGPT) or the path of a text file.
+        source: "wikitext2" (test split), "c4" (at most 256 windows of the first 1100 validation
+            documents, as in SparseGPT) or the path of a text file.
         limit: use only the first `limit` windows.
 
     Raises: ValueError if the text cannot be read or has fewer than `seqlen` tokens.
