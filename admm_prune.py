@@ -652,14 +652,16 @@ class GroupCollector:
         """Create the group of a layer and, for an expert, those of its siblings.
 
         Siblings that no token reaches are never multiplied, so their orientation is taken from this
-        expert, which was.
+        expert, which was. The order is the same whichever expert is the first, on all ranks.
         """
         weights = {name: weight}
         if name in self.experts:  # compared by strides, since shapes cannot tell for square weights
             is_transposed = weight.stride() != self.experts[name].stride()
-            for sibling, stored in self.experts.items():
-                if without_indices(sibling) == without_indices(name):
-                    weights[sibling] = stored.mT if is_transposed else stored
+            weights = {
+                sibling: stored.mT if is_transposed else stored
+                for sibling, stored in self.experts.items()
+                if without_indices(sibling) == without_indices(name)
+            }
         for member, view in weights.items():
             in_features = view.shape[1]
             gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=view.device)
