@@ -321,11 +321,10 @@ def prune_with(
     """Return a weight pruned by the method of the settings; the rest is as in `prune_weight`."""
     config = settings.config
     pattern = settings.pattern
-    sparsity = settings.sparsity
+    sparsity = resolve_sparsity(settings.sparsity, pattern)
     if settings.method == "admm-grad":
         return prune_weight(weight, gram, sparsity, pattern, sections=sections, config=config)
     check_tensors(weight, gram, pattern)
-    sparsity = resolve_sparsity(sparsity, pattern)
     if settings.method == "magnitude":
         mask = select_mask(weight.float(), sparsity, pattern, sections)
     else:
@@ -391,11 +390,10 @@ def prune_model(
     check_model(model, settings)
     check_tokens(model, tokens)
     device = select_device(device)
-    fingerprint = get_fingerprint(model, tokens, settings, device)
     results = []
     with BlockWalk(model, share_of_rank(tokens), device) as walk:
         check_walk(walk, settings.pattern)  # before `embed`, which needs what it records
-        finished = FinishedBlocks(resume_dir, fingerprint)
+        finished = FinishedBlocks(resume_dir, model, tokens, settings, device)
         pruned_states = walk.embed()  # hidden states of all sequences, before the current block
         dense_states = None
         if settings.method == "admm-grad" and settings.config.correction > 0:
@@ -764,10 +762,11 @@ class BlockWalk:
             logits = [self.forward(tokens, running=range(self.depth)).float() for tokens in pair]
             states = [self.run_embeddings(tokens) for tokens in pair]
             for index in range(self.depth):
-                for i, tokens in enumerate(pair):
-                    states[i] = self.run_block(index, tokens, states[i])
-                    if not states[i].isfinite().all():
-                        raise ValueError(f"block {index} returns NaN or infinite values")
+                with self.on_device(index):
+                    for i, tokens in enumerate(pair):
+                        states[i] = self.run_block(index, tokens, states[i])
+                        if not states[i].isfinite().all():
+                            raise ValueError(f"block {index} returns NaN or infinite values")
             for i, tokens in enumerate(pair):
                 difference = (self.run_head(tokens, states[i]) - logits[i]).norm()
                 if not difference <= 1e-4 * logits[i].norm():  # `not <=` is also true for NaN
@@ -844,7 +843,7 @@ class BlockWalk:
         if index == 0 and self.states is not None:
             states = self.states
         if index in self.running:
-            with self.on_device(index):  # callers hold it there already, except `check`
+            with self.on_device(index):  # it is there already, unless the whole model runs
                 output = forward(states, *args, **kwargs)
             if not isinstance(output, Tensor):  # a tuple or list: the states and more
                 self.extra_outputs[index] = [None] * (len(output) - 1)
@@ -1063,10 +1062,10 @@ class FinishedBlocks:
     Their names carry the fingerprint of the run: runs with other settings do not see them.
     """
 
-    def __init__(self, folder: Path | str | None, fingerprint: str):
+    def __init__(self, folder: Path | str | None, model, tokens, settings, device):
         self.folder = None
-        self.fingerprint = fingerprint
         if folder is not None:
+            self.fingerprint = get_fingerprint(model, tokens, settings, device)
             self.folder = Path(folder)
             self.folder.mkdir(parents=True, exist_ok=True)
 
