@@ -291,7 +291,45 @@ def measure_error(
     return error, gap
 
 
-METHODS = ("admm-grad", "admm", "wanda", "magnitude")
+@torch.no_grad()
+def sparsegpt(
+    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: tuple[int, int] | None = None,
+    sections: list[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Return a weight pruned as the released code of SparseGPT does it.
+
+    Columns are pruned from left to right; those further right adapt to each error (Frantar and
+    Alistarh, ICML 2023, arXiv 2301.00774, algorithm 1). The mask is selected for 128 columns at a
+    time, or for one group of a pattern. Features that were never active get zeros. Arguments,
+    result and errors are those of `prune_weight`.
+    """
+    sparsity = resolve_sparsity(sparsity, pattern)
+    check_tensors(weight, gram, pattern)
+    W = weight.float().clone()  # (out, in)
+    H = gram.float().clone()  # (in, in)
+    diagonal = H.diagonal()  # a view
+    never_active = diagonal == 0
+    W[:, never_active] = 0
+    diagonal[never_active] = 1
+    diagonal += 0.01 * diagonal.mean()
+    # H^-1 = R^T R. (W_j / R_jj)^2 is the cost of removing column j if those right of it adapt.
+    R = torch.linalg.cholesky(inverse(H), upper=True)
+    width = pattern[1] if pattern else 128
+    for start in range(0, len(H), width):
+        end = start + width
+        columns = W[:, start:end]  # a view
+        corner = R[start:end, start:end]
+        mask = select_mask(columns / corner.diagonal(), sparsity, pattern, sections)
+        errors = torch.zeros_like(columns)
+        for j in range(columns.shape[1]):
+            errors[:, j] = columns[:, j] * ~mask[:, j] / corner[j, j]
+            columns[:, j:] -= errors[:, j, None] * corner[j, j:]
+        columns *= mask  # rounding may have left tiny values
+        W[:, end:] -= errors @ R[start:end, end:]
+    return W.to(weight.dtype)
+
+
+METHODS = ("admm-grad", "admm", "sparsegpt", "wanda", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -300,7 +338,8 @@ class Settings:
 
     Method "magnitude" keeps the largest |W| of a layer, "wanda" the largest |W| ||x|| of each row,
     x being an input feature (Sun et al., ICLR 2024, equation 1). "admm" has Wanda's mask and
-    updates the kept weights; the paper calls it ADMM1. "admm-grad" is `prune_weight`.
+    updates the kept weights; the paper calls it ADMM1. "admm-grad" is `prune_weight`, and
+    "sparsegpt" the function of that name.
     """
 
     method: str = "admm-grad"
@@ -324,6 +363,8 @@ def prune_with(
     sparsity = resolve_sparsity(settings.sparsity, pattern)
     if settings.method == "admm-grad":
         return prune_weight(weight, gram, sparsity, pattern, sections=sections, config=config)
+    if settings.method == "sparsegpt":
+        return sparsegpt(weight, gram, sparsity, pattern, sections)
     check_tensors(weight, gram, pattern)
     if settings.method == "magnitude":
         mask = select_mask(weight.float(), sparsity, pattern, sections)
@@ -1385,7 +1426,7 @@ def demo(args: argparse.Namespace, settings: Settings) -> None:
     print(f"SmolLM2-135M-Instruct pruned to {format_amount(settings)}: {rows} x {seqlen} tokens "
           "to calibrate, as many to test")  # fmt: skip
     print(f"{'dense':10} perplexity {perplexity(dense, test, device):9.2f}")
-    for method in ("magnitude", "wanda", "admm-grad"):
+    for method in ("magnitude", "wanda", "sparsegpt", "admm-grad"):
         model = copy.deepcopy(dense)
         prune_model(model, calibration, replace(settings, method=method), device)
         print(f"{method:10} perplexity {perplexity(model, test, device):9.2f}")
@@ -1425,7 +1466,7 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} does not go with --demo")
     if args.nsamples < 1 or args.seqlen < 2:
         parser.error("--nsamples must be at least 1 and --seqlen at least 2")
-    if args.paper and args.method in ("wanda", "magnitude"):
+    if args.paper and not args.method.startswith("admm"):
         parser.error(f"--paper does not go with --method {args.method}")
     return args
 

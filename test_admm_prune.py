@@ -230,8 +230,8 @@ def test_defaults_beat_the_papers_config_and_the_masks_alone():
         return float((X64 @ (W - pruned).T).norm() ** 2 / (X64 @ W.double().T).norm() ** 2)
 
     errors = [error("admm-grad"), error("admm-grad", PAPER)]
-    errors += [error(method) for method in ("admm", "wanda", "magnitude")]
-    assert errors == sorted(set(errors)) and len(errors) == 5
+    errors += [error(method) for method in ("admm", "sparsegpt", "wanda", "magnitude")]
+    assert errors == sorted(set(errors)) and len(errors) == 6
     pruned = ap.prune_weight(W, G, 0.6)
     assert ap.measure_error(W, pruned, G)[0] == pytest.approx(errors[0], rel=1e-3)
 
@@ -278,6 +278,39 @@ def test_wanda_ranks_each_row_by_weight_times_norm():
         gone = set(row.argsort()[:10].tolist())
         assert set((new == 0).nonzero()[:, 0].tolist()) == gone
         assert (new[new != 0] == weight[new != 0]).all()
+
+
+@pytest.mark.parametrize("pattern, width", [(None, 128), ((2, 4), 4), ((1, 5), 5)])
+def test_sparsegpt_takes_the_steps_of_optimal_brain_surgeon(pattern, width):
+    """In float64, with an inverse for each column: remove a weight, adapt those to the right."""
+    W, X = make_layer(out=12, columns=160, tokens=1000)
+    H = X.double().T @ X.double()
+    H += 0.01 * H.diagonal().mean() * torch.eye(160)
+    inverses = [torch.linalg.inv(H[j:, j:]) for j in range(160)]
+    costs = torch.stack([inverse[0, 0] for inverse in inverses])
+    expected = W.double()
+    for j in range(160):
+        if j % width == 0:
+            block = expected[:, j : j + width].square() / costs[j : j + width]
+            groups = block if pattern else block.flatten()[None]
+            zeros = round(groups.shape[1] * (1 - pattern[0] / pattern[1] if pattern else 0.6))
+            gone = torch.zeros_like(groups, dtype=torch.bool)
+            gone = gone.scatter(1, groups.argsort()[:, :zeros], True).view_as(block)
+        step = torch.outer(expected[:, j] / costs[j], inverses[j][0])
+        expected[:, j:] -= gone[:, j % width, None] * step
+    pruned = ap.sparsegpt(W, X.T @ X, 0.6, pattern).double()
+    assert ((pruned == 0) == (expected.abs() < 1e-9)).all()
+    assert (pruned - expected).norm() < 1e-4 * expected.norm()
+    parts = [ap.sparsegpt(part, X.T @ X, 0.6, pattern) for part in W.split([5, 7])]
+    together = ap.sparsegpt(W, X.T @ X, 0.6, pattern, sections=[5, 7])
+    torch.testing.assert_close(together, torch.cat(parts), rtol=1e-3, atol=1e-3)
+
+
+def test_sparsegpt_zeroes_features_that_were_never_active():
+    W, X = make_layer()
+    X[:, ::4] = 0
+    pruned = ap.sparsegpt(W, X.T @ X, 0.25)
+    assert torch.equal(pruned, W * (torch.arange(40) % 4 > 0))  # nothing lost, nothing adapts
 
 
 @pytest.mark.parametrize("method", ap.METHODS)
@@ -369,7 +402,7 @@ def test_tensors_that_do_not_fit(change, message):
         (Settings, dict(sparsity=math.nan), "at least 0 and below 1"),
         (Settings, dict(pattern=(4, 2)), "pattern must be (N, M) with 0 < N < M, got (4, 2)"),
         (Settings, dict(pattern="2:4"), "pattern must be (N, M) with 0 < N < M, got 2:4"),
-        (Settings, dict(method="ADMM"), "method must be one of admm-grad, admm, wanda, magnitude"),
+        (Settings, dict(method="ADMM"), "method must be one of admm-grad, admm, sparsegpt, wanda"),
         (ADMMConfig, dict(mask_steps=18), "mask_steps must be in 1..17, got 18"),
         (ADMMConfig, dict(updates_per_rho=0), "mask_steps must be in 1..1, got 4"),
         (ADMMConfig, dict(damping=-1.0), "damping must not be negative, got -1.0"),
@@ -1131,7 +1164,7 @@ def test_command_line_in_a_process_of_its_own(folder, tmp_path):
         (["--model", "quantised"], "the model is quantised"),
         (["--nsamples", "0"], 2),
         (["--seqlen", "1"], 2),
-        (["--paper", "--method", "wanda"], 2),
+        (["--paper", "--method", "sparsegpt"], 2),
         (["--method", "obs"], 2),
         (["--demo"], 2),
         (["--save", "."], "exists and is not an empty folder"),
