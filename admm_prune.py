@@ -243,25 +243,24 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
 
 @torch.no_grad()
 def correct_weight(
-    weight: Tensor, gram: Tensor, cross: Tensor, strength: float = 0.5, damping: float = 1.0
+    weight: Tensor, gram: Tensor, lost: Tensor, strength: float = 0.5, damping: float = 1.0
 ) -> Tensor:
-    """Return the weight to aim at when earlier blocks are pruned, to win back what they lost.
+    """Return the weight to aim at to win back a part of E, an output that pruning lost.
 
-    It is W + strength * W C (G + damping * diag G)^-1. With strength 1 and damping 0 it is the
-    least-squares solution V of X V^T = X_dense W^T. This is the correction of QEP (Arai and
-    Ichikawa, NeurIPS 2025, arXiv 2504.09629), with its strength and damping, and of GPTAQ (Li et
-    al., ICML 2025), both for quantisation.
+    It is W + strength * E^T X (G + damping * diag G)^-1. With strength 1 and damping 0 it is the
+    least-squares solution V of X V^T = X W^T + E. With E = (X_dense - X) W^T this is the correction
+    of QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629), with its strength and damping, and
+    of GPTAQ (Li et al., ICML 2025), both for quantisation.
 
     Args:
-        weight: W, (out_features, in_features), of the dtype of `gram` and `cross`.
+        weight: W, (out_features, in_features), of the dtype of `gram` and `lost`.
         gram: G = X^T X of the inputs X in the pruned model, (in_features, in_features).
-        cross: C = (X_dense - X)^T X with the inputs in the dense model, (in_features, in_features).
+        lost: E^T X, (out_features, in_features).
     """
     d = feature_norms(gram)
     A = gram / d / d[:, None]  # of unit diagonal, for accuracy
     A.diagonal().add_(damping)
-    lost = weight @ cross / d  # (out, in)
-    won_back = torch.cholesky_solve(lost.T, torch.linalg.cholesky(A)).T / d  # lost A^-1 / d
+    won_back = torch.cholesky_solve((lost / d).T, torch.linalg.cholesky(A)).T / d
     return weight + strength * won_back
 
 
@@ -388,7 +387,8 @@ class LinearGroup:
 
     weights: dict[str, Tensor]  # name in the block -> view of its weight, (out, in)
     gram: Tensor  # G = X^T X, (in_features, in_features) float32
-    cross: Tensor | None = None  # C = (X_dense - X)^T X, or None without a correction
+    cross: Tensor | None = None  # C = (X_dense - X)^T X, to win back what the inputs lost
+    lost: Tensor | None = None  # (H_dense - H)^T X, to win back what the block lost
     tokens: int = 0  # rows of X
 
 
@@ -458,10 +458,11 @@ def prune_block(
     walk: "BlockWalk", index: int, dense_states: Tensor | None, pruned_states: Tensor,
     settings: Settings,
 ) -> list[PrunedLinear]:  # fmt: skip
-    """Prune block `index` in place.
+    """Prune block `index` in place: all layers but the one multiplied last, and then that one.
 
     `dense_states` advance through the block while it is dense. `pruned_states` are only read, to
-    collect the inputs of its layers; the caller advances them once the block is pruned.
+    collect the inputs of its layers; the caller advances them once the block is pruned. Without
+    `dense_states`, nothing is corrected, and all layers are pruned together.
     """
     block = walk.blocks[index]
     collector = GroupCollector(block, walk.seqlen)
@@ -472,7 +473,15 @@ def prune_block(
                 walk.advance_row(dense_states, index, row)
         with InterceptProducts(block, collector.add_input):
             walk.run_block(index, walk.sequences[row], pruned_states[row])  # for its inputs only
-    groups = collector.finish()
+    results = prune_groups(collector.finish(), index, settings)
+    if collector.last_layer is not None:
+        group = collect_last_layer(walk, index, collector.last_layer, dense_states, pruned_states)
+        results += prune_groups([group], index, settings)
+    return results
+
+
+def prune_groups(groups: list[LinearGroup], index: int, settings: Settings) -> list[PrunedLinear]:
+    """Prune layers of block `index` in place; each rank prunes its share of the groups."""
     results = {}
     for number, group in enumerate(groups):
         if number % count_ranks() == get_rank():
@@ -489,8 +498,11 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
         settings = replace(settings, method="magnitude")
     target = torch.cat(list(group.weights.values()))  # (out_features of all, in_features)
     dtype = target.dtype
+    lost = group.lost
     if group.cross is not None:
-        target = correct_weight(target.float(), group.gram, group.cross, config.correction)
+        lost = target.float() @ group.cross
+    if lost is not None:
+        target = correct_weight(target.float(), group.gram, lost, config.correction)
     sections = [len(weight) for weight in group.weights.values()]
     pruned = prune_with(settings, target, group.gram, sections).to(dtype)
     if not pruned.isfinite().all():
@@ -633,15 +645,28 @@ class GroupCollector:
         self.experts = find_experts(block)
         self.groups = {}  # name of a layer -> LinearGroup
         self.received = Counter()  # name of a layer -> tokens
+        self.added = Counter()  # the same in the current sequence, without shared inputs
+        self.added_first = Counter()  # `added` at the end of the first sequence
         self.dense_inputs = defaultdict(list)  # name of a layer -> inputs that wait for `add_input`
-        self.last_layer = None  # name of the layer multiplied last in the block
+        self.last_layer = None  # name of the layer that `collect_last_layer` is for
         self.previous_input = (None, 0)  # input of the previous product, and its version
         self.previous_group = None  # group of the previous product
 
     def forget_inputs(self) -> None:
-        """Forget the inputs of the current sequence."""
+        """Forget the inputs of a sequence, before the next one.
+
+        Raises: ValueError if a layer shares some inputs with its group but not all: group.tokens
+            then differs from what the layer received.
+        """
         self.dense_inputs.clear()
         self.previous_input = (None, 0)
+        if not self.added_first:  # later passes end before all layers are multiplied
+            self.added_first = self.added
+            for name, group in self.groups.items():
+                if self.received[name] != group.tokens:
+                    names = list(group.weights)
+                    raise ValueError(f"{names} share some of their inputs but not all")
+        self.added = Counter()
 
     def keep_dense_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Keep an input in the dense model until `add_input` receives its counterpart.
@@ -652,11 +677,16 @@ class GroupCollector:
         has_all_tokens = x.shape[:-1].numel() == self.seqlen  # or else rows cannot be paired
         if has_all_tokens and not is_shared and name not in self.experts:
             self.dense_inputs[name].append(x.clone())  # the block may change x in place
-        if len(weight) > 1:  # not the gate with one output that follows Qwen-MoE's shared expert
-            self.last_layer = name
+        is_once = len(self.dense_inputs[name]) == 1
+        self.last_layer = name if is_once else None
 
     def add_input(self, name: str, x: Tensor, weight: Tensor) -> None:
-        """Add an input in the pruned model to the sums of the layer's group."""
+        """Add an input in the pruned model to the sums of the layer's group.
+
+        The pass ends when all groups have as many tokens as in the first sequence.
+        """
+        if name == self.last_layer:
+            return
         # A layer that already has a group of its own stays in it.
         group = self.groups.get(name, self.previous_group)
         is_shared = self.shares_previous_input(name, x) and group is self.previous_group
@@ -668,7 +698,7 @@ class GroupCollector:
         group = self.groups[name]
         self.previous_group = group
         group.weights[name] = weight
-        self.received[name] += x.shape[:-1].numel()  # `finish` compares it with group.tokens
+        self.received[name] += x.shape[:-1].numel()
         if is_shared:  # added already, for the previous layer
             return
         X = x.reshape(-1, x.shape[-1]).float()  # (tokens, in_features)
@@ -676,10 +706,12 @@ class GroupCollector:
         group.gram.addmm_(X.T, X)
         if self.dense_inputs[name]:
             X_dense = self.dense_inputs[name].pop(0).reshape(X.shape).float()
-            if name != self.last_layer:  # measured: correcting that one raises perplexity
-                if group.cross is None:
-                    group.cross = torch.zeros_like(group.gram)
-                group.cross.addmm_((X_dense - X).T, X)
+            if group.cross is None:
+                group.cross = torch.zeros_like(group.gram)
+            group.cross.addmm_((X_dense - X).T, X)
+        self.added[name] += len(X)
+        if self.added == self.added_first:
+            raise BlockOutput(x)
 
     def shares_previous_input(self, name: str, x: Tensor) -> bool:
         """Return whether x is the input of the previous product, not changed in place since."""
@@ -707,18 +739,48 @@ class GroupCollector:
             self.groups[member] = LinearGroup({member: view}, gram)
 
     def finish(self) -> list[LinearGroup]:
-        """Return the groups, with the sums over all ranks.
-
-        Raises: ValueError if a layer shares some inputs with its group but not all: group.tokens
-            then differs from what the layer received.
-        """
-        for name, group in self.groups.items():
-            if self.received[name] != group.tokens:
-                raise ValueError(f"{list(group.weights)} share some of their inputs but not all")
+        """Return the groups, with the sums over all ranks."""
         self.forget_inputs()
         groups = list(dict.fromkeys(self.groups.values()))  # each of them once
         sum_over_ranks(groups)
         return groups
+
+
+def collect_last_layer(
+    walk: "BlockWalk", index: int, name: str, dense_states: Tensor, pruned_states: Tensor
+) -> LinearGroup:
+    """Return the group of the layer multiplied last in block `index`, once the others are pruned.
+
+    `dense_states` are those after the block, `pruned_states` those before it. The block must add
+    the layer's output to the hidden states H as it is. Otherwise, if a norm follows (as in Gemma 3)
+    or a multiplier (Granite), nothing can be won back.
+    """
+    block = walk.blocks[index]
+    collector = GroupCollector(block, walk.seqlen)
+
+    def add_input(multiplied: str, x: Tensor, weight: Tensor) -> None:
+        if multiplied == name:
+            collector.add_input(name, x, weight)
+
+    lost = 0
+    for row, states in enumerate(pruned_states):
+        with InterceptProducts(block, add_input):
+            H = walk.run_block(index, walk.sequences[row], states)[0].float()  # (seqlen, hidden)
+        X = collector.previous_input[0].flatten(0, -2).float()  # (seqlen, in_features)
+        lost += (dense_states[row, 0].to(H.device).float() - H).T @ X
+    group = collector.groups[name]
+    weight = group.weights[name]
+    values = weight.clone()
+    weight.zero_()
+    without = walk.run_block(index, walk.sequences[row], states)[0].float()
+    weight.copy_(values)
+    output = X @ weight.float().T
+    if output.shape == H.shape:
+        atol = walk.tolerance * float(output.abs().max())
+        if torch.allclose(without + output, H, rtol=walk.tolerance, atol=atol):
+            group.lost = lost
+    sum_over_ranks([group])
+    return group
 
 
 # ------------------------------------------------------------------------ walk over the blocks
@@ -750,6 +812,9 @@ class BlockWalk:
         self.seqlen = tokens.shape[1]
         self.sequences = tokens.to(device).split(1)  # each (1, seqlen)
         self.has_gpu = device.type == "cuda"  # copies to and from it can be asynchronous
+        # By how much equal values may differ. In 16 bits, an expert rounds otherwise if later
+        # tokens change the size of its batch.
+        self.tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
         # Both are set by `check`. For a block that returns a tuple: Nones, which stand for its
         # further outputs while it is bypassed.
         self.extra_outputs = {}  # index of the block -> [None, ...]
@@ -815,9 +880,7 @@ class BlockWalk:
                     raise ValueError(f"its logits then differ by a relative {relative:.2g}")
         self.states_dtype = states[0].dtype
         difference = (logits[1] - logits[0])[:, :half].norm()
-        # In 16 bits, an expert rounds otherwise if later tokens change the size of its batch.
-        tolerance = 1e-2 if self.model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        if difference > tolerance * logits[0][:, :half].norm():
+        if difference > self.tolerance * logits[0][:, :half].norm():
             raise ValueError(f"{name} is not causal: its logits depend on later tokens")
 
     def embed(self) -> Tensor:
@@ -1076,8 +1139,9 @@ def sum_over_ranks(groups: list[LinearGroup]) -> None:
     for i, group in enumerate(groups):
         group.tokens = sum(count[i] for count in counts)
         dist.all_reduce(group.gram)
-        if group.cross is not None:
-            dist.all_reduce(group.cross)
+        for matrix in (group.cross, group.lost):
+            if matrix is not None:
+                dist.all_reduce(matrix)
 
 
 def share_results(groups: list[LinearGroup], results: dict[int, list]) -> list[PrunedLinear]:
