@@ -525,7 +525,8 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
 # While `InterceptProducts` is entered, it calls a function for each product of an input with a
 # weight of the block. `GroupCollector` has two such functions. For each sequence: `forget_inputs`,
 # the dense pass with `keep_dense_input` (if there is a correction), the pruned pass with
-# `add_input`. At the end, `finish` returns the groups. A weight in no group stays dense.
+# `add_input`. At the end, `finish` returns the groups. A weight in no group stays dense. If there
+# is a correction, the layer multiplied last comes after the others: `collect_last_layer`.
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -645,10 +646,10 @@ class GroupCollector:
         self.experts = find_experts(block)
         self.groups = {}  # name of a layer -> LinearGroup
         self.received = Counter()  # name of a layer -> tokens
-        self.added = Counter()  # the same in the current sequence, without shared inputs
-        self.added_first = Counter()  # `added` at the end of the first sequence
+        self.added = Counter()  # the same from the current sequence, without shared inputs
+        self.added_first = Counter()  # the same from the first sequence
         self.dense_inputs = defaultdict(list)  # name of a layer -> inputs that wait for `add_input`
-        self.last_layer = None  # name of the layer that `collect_last_layer` is for
+        self.last_layer = None  # name of the layer that is left to `collect_last_layer`
         self.previous_input = (None, 0)  # input of the previous product, and its version
         self.previous_group = None  # group of the previous product
 
@@ -677,13 +678,14 @@ class GroupCollector:
         has_all_tokens = x.shape[:-1].numel() == self.seqlen  # or else rows cannot be paired
         if has_all_tokens and not is_shared and name not in self.experts:
             self.dense_inputs[name].append(x.clone())  # the block may change x in place
-        is_once = len(self.dense_inputs[name]) == 1
-        self.last_layer = name if is_once else None
+        # An expert, or a layer that is multiplied more than once, is pruned like all others.
+        is_apart = len(self.dense_inputs[name]) == 1
+        self.last_layer = name if is_apart else None
 
     def add_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Add an input in the pruned model to the sums of the layer's group.
 
-        The pass ends when all groups have as many tokens as in the first sequence.
+        Once each group has received as many tokens as from the first sequence, the pass ends.
         """
         if name == self.last_layer:
             return
@@ -774,11 +776,13 @@ def collect_last_layer(
     weight.zero_()
     without = walk.run_block(index, walk.sequences[row], states)[0].float()
     weight.copy_(values)
-    output = X @ weight.float().T
+    output = X @ weight.float().T  # (seqlen, out_features)
+    is_added = False
     if output.shape == H.shape:
         atol = walk.tolerance * float(output.abs().max())
-        if torch.allclose(without + output, H, rtol=walk.tolerance, atol=atol):
-            group.lost = lost
+        is_added = torch.allclose(without + output, H, rtol=walk.tolerance, atol=atol)
+    if all(gather_from_ranks(is_added)):
+        group.lost = lost
     sum_over_ranks([group])
     return group
 
