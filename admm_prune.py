@@ -243,25 +243,26 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
 
 @torch.no_grad()
 def correct_weight(
-    weight: Tensor, gram: Tensor, lost: Tensor, strength: float = 0.5, damping: float = 1.0
+    weight: Tensor, gram: Tensor, EtX: Tensor, strength: float = 0.5, damping: float = 1.0
 ) -> Tensor:
-    """Return the weight to aim at to win back a part of E, an output that pruning lost.
+    """Return the weight to aim at if the output X W^T is to gain a part of E.
 
     It is W + strength * E^T X (G + damping * diag G)^-1. With strength 1 and damping 0 it is the
-    least-squares solution V of X V^T = X W^T + E. With E = (X_dense - X) W^T this is the correction
-    of QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629), with its strength and damping, and
-    of GPTAQ (Li et al., ICML 2025), both for quantisation.
+    least-squares solution V of X V^T = X W^T + E. With E = (X_dense - X) W^T, what the output lost
+    because earlier blocks are pruned, this is the correction of QEP (Arai and Ichikawa, NeurIPS
+    2025, arXiv 2504.09629), which has both parameters, and of GPTAQ (Li et al., ICML 2025); both
+    are for quantisation.
 
     Args:
-        weight: W, (out_features, in_features), of the dtype of `gram` and `lost`.
+        weight: W, (out_features, in_features), of the dtype of `gram` and `EtX`.
         gram: G = X^T X of the inputs X in the pruned model, (in_features, in_features).
-        lost: E^T X, (out_features, in_features).
+        EtX: E^T X, (out_features, in_features).
     """
     d = feature_norms(gram)
     A = gram / d / d[:, None]  # of unit diagonal, for accuracy
     A.diagonal().add_(damping)
-    won_back = torch.cholesky_solve((lost / d).T, torch.linalg.cholesky(A)).T / d
-    return weight + strength * won_back
+    gain = torch.cholesky_solve((EtX / d).T, torch.linalg.cholesky(A)).T / d  # E^T X (...)^-1
+    return weight + strength * gain
 
 
 @torch.no_grad()
@@ -295,36 +296,38 @@ def sparsegpt(
     weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: tuple[int, int] | None = None,
     sections: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return a weight pruned as the released code of SparseGPT does it.
+    """Return a weight pruned with SparseGPT (Frantar and Alistarh, ICML 2023, arXiv 2301.00774).
 
-    Columns are pruned from left to right; those further right adapt to each error (Frantar and
-    Alistarh, ICML 2023, arXiv 2301.00774, algorithm 1). The mask is selected for 128 columns at a
-    time, or for one group of a pattern. Features that were never active get zeros. Arguments,
-    result and errors are those of `prune_weight`.
+    Columns are pruned from left to right, and those further right adapt to each error. As in the
+    released code, 1 % of the mean diagonal is added to that of the Gram matrix, the mask is
+    selected for 128 columns at a time or for one group of a pattern, and the weights of features
+    that were never active become 0. Arguments, result and errors are those of `prune_weight`.
     """
     sparsity = resolve_sparsity(sparsity, pattern)
     check_tensors(weight, gram, pattern)
     W = weight.float().clone()  # (out, in)
-    H = gram.float().clone()  # (in, in)
-    diagonal = H.diagonal()  # a view
+    A = gram.float().clone()  # (in, in)
+    diagonal = A.diagonal()  # a view
     never_active = diagonal == 0
     W[:, never_active] = 0
     diagonal[never_active] = 1
     diagonal += 0.01 * diagonal.mean()
-    # H^-1 = R^T R. (W_j / R_jj)^2 is the cost of removing column j if those right of it adapt.
-    R = torch.linalg.cholesky(inverse(H), upper=True)
+    # A^-1 = upper^T upper. Row j of `upper`, times upper_jj, is row 0 of the inverse of A[j:, j:].
+    # By optimal brain surgeon, removing w from column j therefore costs (w / upper_jj)^2 if the
+    # entries right of it change by -(w / upper_jj) times row j, and those left of it do not.
+    upper = torch.linalg.cholesky(inverse(A), upper=True)
     width = pattern[1] if pattern else 128
-    for start in range(0, len(H), width):
+    for start in range(0, len(A), width):
         end = start + width
         columns = W[:, start:end]  # a view
-        corner = R[start:end, start:end]
+        corner = upper[start:end, start:end]
         mask = select_mask(columns / corner.diagonal(), sparsity, pattern, sections)
-        errors = torch.zeros_like(columns)
+        errors = torch.zeros_like(columns)  # w / upper_jj
         for j in range(columns.shape[1]):
             errors[:, j] = columns[:, j] * ~mask[:, j] / corner[j, j]
             columns[:, j:] -= errors[:, j, None] * corner[j, j:]
         columns *= mask  # rounding may have left tiny values
-        W[:, end:] -= errors @ R[start:end, end:]
+        W[:, end:] -= errors @ upper[start:end, end:]  # later, since one product is faster
     return W.to(weight.dtype)
 
 
@@ -381,14 +384,19 @@ def prune_with(
 # --------------------------------------------------------------------------- pruning a model
 
 
-@dataclass(eq=False)  # compared by identity: `finish` removes duplicates
+@dataclass(eq=False)  # compared by identity: `GroupCollector.finish` removes duplicates
 class LinearGroup:
-    """Linear layers that share their input X, as q, k and v do, and sums over that input."""
+    """Linear layers that share their input X, as q, k and v do, and sums over that input.
+
+    To correct their weights, at most one of `cross` and `EtX` is set: E^T X is W C for the former.
+    """
 
     weights: dict[str, Tensor]  # name in the block -> view of its weight, (out, in)
     gram: Tensor  # G = X^T X, (in_features, in_features) float32
-    cross: Tensor | None = None  # C = (X_dense - X)^T X, to win back what the inputs lost
-    lost: Tensor | None = None  # (H_dense - H)^T X, to win back what the block lost
+    cross: Tensor | None = None  # C = (X_dense - X)^T X, (in_features, in_features)
+    EtX: Tensor | None = (
+        None  # of the layer multiplied last in a block, (out_features, in_features)
+    )
     tokens: int = 0  # rows of X
 
 
@@ -435,7 +443,8 @@ def prune_model(
     with BlockWalk(model, share_of_rank(tokens), device) as walk:
         check_walk(walk, settings.pattern)  # before `embed`, which needs what it records
         finished = FinishedBlocks(resume_dir, model, tokens, settings, device)
-        pruned_states = walk.embed()  # hidden states of all sequences, before the current block
+        # Hidden states of all sequences before the current block, (sequences, 1, seqlen, hidden).
+        pruned_states = walk.embed()
         dense_states = None
         if settings.method == "admm-grad" and settings.config.correction > 0:
             dense_states = walk.embed()
@@ -445,7 +454,7 @@ def prune_model(
                     if dense_states is not None:
                         walk.advance(dense_states, index)  # while the block is dense
                     results += finished.load(index, block)
-                else:
+                else:  # advances the dense states too
                     new_results = prune_block(walk, index, dense_states, pruned_states, settings)
                     finished.save(index, block, new_results)
                     results += new_results
@@ -467,21 +476,21 @@ def prune_block(
     block = walk.blocks[index]
     collector = GroupCollector(block, walk.seqlen)
     for row in range(len(pruned_states)):
-        collector.forget_inputs()
+        collector.start_sequence()
         if dense_states is not None:
             with InterceptProducts(block, collector.keep_dense_input):
                 walk.advance_row(dense_states, index, row)
         with InterceptProducts(block, collector.add_input):
             walk.run_block(index, walk.sequences[row], pruned_states[row])  # for its inputs only
     results = prune_groups(collector.finish(), index, settings)
-    if collector.last_layer is not None:
+    if collector.last_layer is not None:  # found in the dense passes
         group = collect_last_layer(walk, index, collector.last_layer, dense_states, pruned_states)
         results += prune_groups([group], index, settings)
     return results
 
 
 def prune_groups(groups: list[LinearGroup], index: int, settings: Settings) -> list[PrunedLinear]:
-    """Prune layers of block `index` in place; each rank prunes its share of the groups."""
+    """Prune groups of block `index` in place; each rank prunes its share of them."""
     results = {}
     for number, group in enumerate(groups):
         if number % count_ranks() == get_rank():
@@ -498,11 +507,11 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
         settings = replace(settings, method="magnitude")
     target = torch.cat(list(group.weights.values()))  # (out_features of all, in_features)
     dtype = target.dtype
-    lost = group.lost
+    EtX = group.EtX
     if group.cross is not None:
-        lost = target.float() @ group.cross
-    if lost is not None:
-        target = correct_weight(target.float(), group.gram, lost, config.correction)
+        EtX = target.float() @ group.cross
+    if EtX is not None:
+        target = correct_weight(target.float(), group.gram, EtX, config.correction)
     sections = [len(weight) for weight in group.weights.values()]
     pruned = prune_with(settings, target, group.gram, sections).to(dtype)
     if not pruned.isfinite().all():
@@ -523,10 +532,10 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
 # -------------------------------------------------------------------------------------- capture
 #
 # While `InterceptProducts` is entered, it calls a function for each product of an input with a
-# weight of the block. `GroupCollector` has two such functions. For each sequence: `forget_inputs`,
+# weight of the block. `GroupCollector` has two such functions. For each sequence: `start_sequence`,
 # the dense pass with `keep_dense_input` (if there is a correction), the pruned pass with
-# `add_input`. At the end, `finish` returns the groups. A weight in no group stays dense. If there
-# is a correction, the layer multiplied last comes after the others: `collect_last_layer`.
+# `add_input`. At the end, `finish` returns the groups. A weight in no group stays dense, but for
+# `last_layer`: `collect_last_layer` returns its group, once those are pruned.
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -645,49 +654,53 @@ class GroupCollector:
         self.seqlen = seqlen
         self.experts = find_experts(block)
         self.groups = {}  # name of a layer -> LinearGroup
-        self.received = Counter()  # name of a layer -> tokens
-        self.added = Counter()  # the same from the current sequence, without shared inputs
-        self.added_first = Counter()  # the same from the first sequence
+        self.multiplied = Counter()  # name of a layer -> products in the current dense pass
+        self.received = Counter()  # name of a layer -> tokens, of the current sequence
+        self.added = Counter()  # the same for the layers that add their input, not sharing it
+        self.enough = None  # `added` at the end of the first sequence
         self.dense_inputs = defaultdict(list)  # name of a layer -> inputs that wait for `add_input`
         self.last_layer = None  # name of the layer that is left to `collect_last_layer`
         self.previous_input = (None, 0)  # input of the previous product, and its version
         self.previous_group = None  # group of the previous product
 
-    def forget_inputs(self) -> None:
-        """Forget the inputs of a sequence, before the next one.
+    def start_sequence(self) -> None:
+        """Forget the inputs of the sequence before.
 
-        Raises: ValueError if a layer shares some inputs with its group but not all: group.tokens
-            then differs from what the layer received.
+        Raises: ValueError if a layer shared some inputs with its group but not all: group.tokens
+            then differs from what the layer received. Only the first passes run to their end.
         """
-        self.dense_inputs.clear()
-        self.previous_input = (None, 0)
-        if not self.added_first:  # later passes end before all layers are multiplied
-            self.added_first = self.added
+        if self.enough is None and self.groups:
+            self.enough = self.added
             for name, group in self.groups.items():
                 if self.received[name] != group.tokens:
                     names = list(group.weights)
                     raise ValueError(f"{names} share some of their inputs but not all")
+        self.multiplied = Counter()
+        self.received = Counter()
         self.added = Counter()
+        self.dense_inputs.clear()
+        self.previous_input = (None, 0)
 
     def keep_dense_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Keep an input in the dense model until `add_input` receives its counterpart.
 
-        An expert has none: in the pruned model, other tokens may be routed to it.
+        An expert has none: in the pruned model, other tokens may be routed to it. In the end,
+        `last_layer` is the one multiplied last, unless it is an expert or multiplied repeatedly.
         """
         is_shared = self.shares_previous_input(name, x)
         has_all_tokens = x.shape[:-1].numel() == self.seqlen  # or else rows cannot be paired
         if has_all_tokens and not is_shared and name not in self.experts:
             self.dense_inputs[name].append(x.clone())  # the block may change x in place
-        # An expert, or a layer that is multiplied more than once, is pruned like all others.
-        is_apart = len(self.dense_inputs[name]) == 1
+        self.multiplied[name] += 1
+        is_apart = name in self.dense_inputs and self.multiplied[name] == 1
         self.last_layer = name if is_apart else None
 
     def add_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Add an input in the pruned model to the sums of the layer's group.
 
-        Once each group has received as many tokens as from the first sequence, the pass ends.
+        The pass ends once all groups have as many tokens as from the first sequence.
         """
-        if name == self.last_layer:
+        if name == self.last_layer:  # left to `collect_last_layer`
             return
         # A layer that already has a group of its own stays in it.
         group = self.groups.get(name, self.previous_group)
@@ -712,8 +725,8 @@ class GroupCollector:
                 group.cross = torch.zeros_like(group.gram)
             group.cross.addmm_((X_dense - X).T, X)
         self.added[name] += len(X)
-        if self.added == self.added_first:
-            raise BlockOutput(x)
+        if self.added == self.enough:
+            raise BlockOutput(x)  # nobody needs the output of the block
 
     def shares_previous_input(self, name: str, x: Tensor) -> bool:
         """Return whether x is the input of the previous product, not changed in place since."""
@@ -742,7 +755,7 @@ class GroupCollector:
 
     def finish(self) -> list[LinearGroup]:
         """Return the groups, with the sums over all ranks."""
-        self.forget_inputs()
+        self.start_sequence()
         groups = list(dict.fromkeys(self.groups.values()))  # each of them once
         sum_over_ranks(groups)
         return groups
@@ -753,36 +766,39 @@ def collect_last_layer(
 ) -> LinearGroup:
     """Return the group of the layer multiplied last in block `index`, once the others are pruned.
 
-    `dense_states` are those after the block, `pruned_states` those before it. The block must add
-    the layer's output to the hidden states H as it is. Otherwise, if a norm follows (as in Gemma 3)
-    or a multiplier (Granite), nothing can be won back.
+    With H, the hidden states after the block, E is H_dense - H: that is what a block lacks that
+    adds the layer's output to them as it is. If the block does not, the group has no E^T X.
+    `dense_states` are those after the block, `pruned_states` those before it.
     """
-    block = walk.blocks[index]
-    collector = GroupCollector(block, walk.seqlen)
+    product = []
 
-    def add_input(multiplied: str, x: Tensor, weight: Tensor) -> None:
+    def keep(multiplied: str, x: Tensor, weight: Tensor) -> None:
         if multiplied == name:
-            collector.add_input(name, x, weight)
+            product[:] = x, weight
 
-    lost = 0
+    gram = 0
+    EtX = 0
     for row, states in enumerate(pruned_states):
-        with InterceptProducts(block, add_input):
-            H = walk.run_block(index, walk.sequences[row], states)[0].float()  # (seqlen, hidden)
-        X = collector.previous_input[0].flatten(0, -2).float()  # (seqlen, in_features)
-        lost += (dense_states[row, 0].to(H.device).float() - H).T @ X
-    group = collector.groups[name]
-    weight = group.weights[name]
+        with InterceptProducts(walk.blocks[index], keep):
+            H = walk.run_block(index, walk.sequences[row], states)
+        x, weight = product
+        X = x.flatten(0, -2).float()  # (seqlen, in_features)
+        E = dense_states[row].to(H.device).float() - H.float()  # (1, seqlen, hidden)
+        gram += X.T @ X
+        EtX += E[0].T @ X
+    group = LinearGroup({name: weight}, gram, tokens=len(pruned_states) * walk.seqlen)
+    # Is the output added as it is? Then H is less by just that if the weight is 0.
+    output = X @ weight.float().T  # (seqlen, out_features)
     values = weight.clone()
     weight.zero_()
-    without = walk.run_block(index, walk.sequences[row], states)[0].float()
+    without = walk.run_block(index, walk.sequences[row], states)
     weight.copy_(values)
-    output = X @ weight.float().T  # (seqlen, out_features)
     is_added = False
-    if output.shape == H.shape:
+    if output.shape == H.shape[1:]:
         atol = walk.tolerance * float(output.abs().max())
-        is_added = torch.allclose(without + output, H, rtol=walk.tolerance, atol=atol)
+        is_added = torch.allclose(without + output, H.float(), rtol=walk.tolerance, atol=atol)
     if all(gather_from_ranks(is_added)):
-        group.lost = lost
+        group.EtX = EtX
     sum_over_ranks([group])
     return group
 
@@ -1143,7 +1159,7 @@ def sum_over_ranks(groups: list[LinearGroup]) -> None:
     for i, group in enumerate(groups):
         group.tokens = sum(count[i] for count in counts)
         dist.all_reduce(group.gram)
-        for matrix in (group.cross, group.lost):
+        for matrix in (group.cross, group.EtX):
             if matrix is not None:
                 dist.all_reduce(matrix)
 

@@ -498,7 +498,7 @@ def collect(model, tokens, change=None):
         walk.advance(states, 0)
         collector = ap.GroupCollector(walk.blocks[1], walk.seqlen)
         for sequence, state in zip(walk.sequences, states, strict=True):
-            collector.forget_inputs()
+            collector.start_sequence()
             if change:
                 with ap.InterceptProducts(walk.blocks[1], collector.keep_dense_input):
                     walk.run_block(1, sequence, change(state))
@@ -553,7 +553,7 @@ def test_the_last_layer_aims_at_what_the_block_lost():
     lost = (dense.double() - pruned.double()).flatten(0, 2)
     X, W = torch.cat(inputs), down.weight.double()
     best = torch.linalg.lstsq(X, X @ W.T + lost).solution.T
-    sums = group.gram.double(), group.lost.double()
+    sums = group.gram.double(), group.EtX.double()
     ours = ap.correct_weight(W, *sums, strength=1, damping=0)
     assert (ours - best).norm() < 1e-3 * (best - W).norm()
 
@@ -610,7 +610,7 @@ def test_last_layers_whose_output_the_block_adds_as_it_is(
 
     def spy(walk, index, name, *states):
         group = collect(walk, index, name, *states)
-        seen.append((name, group.lost is not None))
+        seen.append((name, group.EtX is not None))
         return group
 
     monkeypatch.setattr(ap, "collect_last_layer", spy)
@@ -1476,7 +1476,7 @@ def test_pruning_a_trained_model_ranks_the_methods(tokenizer, monkeypatch):
     tokens, windows = (part[: len(part) // 64 * 64].view(-1, 64) for part in (calibration, test))
     results = [ap.perplexity(model, windows, "cpu")]
     collect = ap.collect_last_layer
-    without_lost = lambda *args: dataclasses.replace(collect(*args), lost=None)  # noqa: E731
+    without_lost = lambda *args: dataclasses.replace(collect(*args), EtX=None)  # noqa: E731
     for method, correction in (
         ("admm-grad", 0.5), ("inputs", 0.5), ("admm-grad", 0.0), ("wanda", 0.0), ("magnitude", 0.0),
     ):  # fmt: skip
