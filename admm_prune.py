@@ -299,9 +299,9 @@ def sparsegpt(
     """Return a weight pruned with SparseGPT (Frantar and Alistarh, ICML 2023, arXiv 2301.00774).
 
     Columns are pruned from left to right, and those further right adapt to each error. As in the
-    released code, 1 % of the mean diagonal is added to that of the Gram matrix, the mask is
-    selected for 128 columns at a time or for one group of a pattern, and the weights of features
-    that were never active become 0. Arguments, result and errors are those of `prune_weight`.
+    released code, 1 % of the mean diagonal is added to that of the Gram matrix, and the mask is
+    selected for 128 columns at a time, or for one group of a pattern. The weights of features that
+    were never active become 0, even if these are more than wanted. Arguments as in `prune_weight`.
     """
     sparsity = resolve_sparsity(sparsity, pattern)
     check_tensors(weight, gram, pattern)
@@ -388,15 +388,13 @@ def prune_with(
 class LinearGroup:
     """Linear layers that share their input X, as q, k and v do, and sums over that input.
 
-    To correct their weights, at most one of `cross` and `EtX` is set: E^T X is W C for the former.
+    To correct the weights, one of `cross` and `EtX` is set; given C, E^T X is W C.
     """
 
     weights: dict[str, Tensor]  # name in the block -> view of its weight, (out, in)
     gram: Tensor  # G = X^T X, (in_features, in_features) float32
     cross: Tensor | None = None  # C = (X_dense - X)^T X, (in_features, in_features)
-    EtX: Tensor | None = (
-        None  # of the layer multiplied last in a block, (out_features, in_features)
-    )
+    EtX: Tensor | None = None  # for a block's last layer, (out_features, in_features)
     tokens: int = 0  # rows of X
 
 
@@ -476,7 +474,7 @@ def prune_block(
     block = walk.blocks[index]
     collector = GroupCollector(block, walk.seqlen)
     for row in range(len(pruned_states)):
-        collector.start_sequence()
+        collector.forget_inputs()
         if dense_states is not None:
             with InterceptProducts(block, collector.keep_dense_input):
                 walk.advance_row(dense_states, index, row)
@@ -532,7 +530,7 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
 # -------------------------------------------------------------------------------------- capture
 #
 # While `InterceptProducts` is entered, it calls a function for each product of an input with a
-# weight of the block. `GroupCollector` has two such functions. For each sequence: `start_sequence`,
+# weight of the block. `GroupCollector` has two such functions. For each sequence: `forget_inputs`,
 # the dense pass with `keep_dense_input` (if there is a correction), the pruned pass with
 # `add_input`. At the end, `finish` returns the groups. A weight in no group stays dense, but for
 # `last_layer`: `collect_last_layer` returns its group, once those are pruned.
@@ -654,38 +652,24 @@ class GroupCollector:
         self.seqlen = seqlen
         self.experts = find_experts(block)
         self.groups = {}  # name of a layer -> LinearGroup
-        self.multiplied = Counter()  # name of a layer -> products in the current dense pass
-        self.received = Counter()  # name of a layer -> tokens, of the current sequence
-        self.added = Counter()  # the same for the layers that add their input, not sharing it
-        self.enough = None  # `added` at the end of the first sequence
+        self.received = Counter()  # name of a layer -> tokens
         self.dense_inputs = defaultdict(list)  # name of a layer -> inputs that wait for `add_input`
+        self.multiplied = Counter()  # name of a layer -> products in the current dense pass
         self.last_layer = None  # name of the layer that is left to `collect_last_layer`
         self.previous_input = (None, 0)  # input of the previous product, and its version
         self.previous_group = None  # group of the previous product
 
-    def start_sequence(self) -> None:
-        """Forget the inputs of the sequence before.
-
-        Raises: ValueError if a layer shared some inputs with its group but not all: group.tokens
-            then differs from what the layer received. Only the first passes run to their end.
-        """
-        if self.enough is None and self.groups:
-            self.enough = self.added
-            for name, group in self.groups.items():
-                if self.received[name] != group.tokens:
-                    names = list(group.weights)
-                    raise ValueError(f"{names} share some of their inputs but not all")
-        self.multiplied = Counter()
-        self.received = Counter()
-        self.added = Counter()
+    def forget_inputs(self) -> None:
+        """Forget the inputs of the current sequence."""
         self.dense_inputs.clear()
+        self.multiplied.clear()
         self.previous_input = (None, 0)
 
     def keep_dense_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Keep an input in the dense model until `add_input` receives its counterpart.
 
-        An expert has none: in the pruned model, other tokens may be routed to it. In the end,
-        `last_layer` is the one multiplied last, unless it is an expert or multiplied repeatedly.
+        An expert has none: in the pruned model, other tokens may be routed to it. The layer of the
+        last product becomes `last_layer` if its input is kept and it had no product before.
         """
         is_shared = self.shares_previous_input(name, x)
         has_all_tokens = x.shape[:-1].numel() == self.seqlen  # or else rows cannot be paired
@@ -693,15 +677,16 @@ class GroupCollector:
             self.dense_inputs[name].append(x.clone())  # the block may change x in place
         self.multiplied[name] += 1
         is_apart = name in self.dense_inputs and self.multiplied[name] == 1
-        self.last_layer = name if is_apart else None
+        # Not the gate with one output that follows Qwen-MoE's shared expert.
+        self.last_layer = name if is_apart and len(weight) > 1 else None
 
     def add_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Add an input in the pruned model to the sums of the layer's group.
 
-        The pass ends once all groups have as many tokens as from the first sequence.
+        At `last_layer` the pass ends: all other layers have been multiplied.
         """
-        if name == self.last_layer:  # left to `collect_last_layer`
-            return
+        if name == self.last_layer:
+            raise BlockOutput(x)
         # A layer that already has a group of its own stays in it.
         group = self.groups.get(name, self.previous_group)
         is_shared = self.shares_previous_input(name, x) and group is self.previous_group
@@ -713,7 +698,7 @@ class GroupCollector:
         group = self.groups[name]
         self.previous_group = group
         group.weights[name] = weight
-        self.received[name] += x.shape[:-1].numel()
+        self.received[name] += x.shape[:-1].numel()  # `finish` compares it with group.tokens
         if is_shared:  # added already, for the previous layer
             return
         X = x.reshape(-1, x.shape[-1]).float()  # (tokens, in_features)
@@ -724,9 +709,6 @@ class GroupCollector:
             if group.cross is None:
                 group.cross = torch.zeros_like(group.gram)
             group.cross.addmm_((X_dense - X).T, X)
-        self.added[name] += len(X)
-        if self.added == self.enough:
-            raise BlockOutput(x)  # nobody needs the output of the block
 
     def shares_previous_input(self, name: str, x: Tensor) -> bool:
         """Return whether x is the input of the previous product, not changed in place since."""
@@ -754,8 +736,15 @@ class GroupCollector:
             self.groups[member] = LinearGroup({member: view}, gram)
 
     def finish(self) -> list[LinearGroup]:
-        """Return the groups, with the sums over all ranks."""
-        self.start_sequence()
+        """Return the groups, with the sums over all ranks.
+
+        Raises: ValueError if a layer shares some inputs with its group but not all: group.tokens
+            then differs from what the layer received.
+        """
+        for name, group in self.groups.items():
+            if self.received[name] != group.tokens:
+                raise ValueError(f"{list(group.weights)} share some of their inputs but not all")
+        self.forget_inputs()
         groups = list(dict.fromkeys(self.groups.values()))  # each of them once
         sum_over_ranks(groups)
         return groups
@@ -770,31 +759,36 @@ def collect_last_layer(
     adds the layer's output to them as it is. If the block does not, the group has no E^T X.
     `dense_states` are those after the block, `pruned_states` those before it.
     """
-    product = []
+    products = []
 
     def keep(multiplied: str, x: Tensor, weight: Tensor) -> None:
         if multiplied == name:
-            product[:] = x, weight
+            products.append((x, weight))
 
     gram = 0
     EtX = 0
     for row, states in enumerate(pruned_states):
+        products.clear()
         with InterceptProducts(walk.blocks[index], keep):
             H = walk.run_block(index, walk.sequences[row], states)
-        x, weight = product
+        if len(products) != 1:
+            raise ValueError(f"{name} is not multiplied once for each sequence")
+        x, weight = products[0]
         X = x.flatten(0, -2).float()  # (seqlen, in_features)
-        E = dense_states[row].to(H.device).float() - H.float()  # (1, seqlen, hidden)
         gram += X.T @ X
-        EtX += E[0].T @ X
+        fits = H.shape == (1, len(X), len(weight))
+        if fits:
+            E = dense_states[row].to(H.device).float() - H.float()
+            EtX += E[0].T @ X
     group = LinearGroup({name: weight}, gram, tokens=len(pruned_states) * walk.seqlen)
-    # Is the output added as it is? Then H is less by just that if the weight is 0.
-    output = X @ weight.float().T  # (seqlen, out_features)
+    # The block adds the output as it is if it returns less by just that with a weight of zeros.
     values = weight.clone()
     weight.zero_()
     without = walk.run_block(index, walk.sequences[row], states)
     weight.copy_(values)
     is_added = False
-    if output.shape == H.shape[1:]:
+    if fits:
+        output = X @ weight.float().T  # (seqlen, out_features)
         atol = walk.tolerance * float(output.abs().max())
         is_added = torch.allclose(without + output, H.float(), rtol=walk.tolerance, atol=atol)
     if all(gather_from_ranks(is_added)):
@@ -832,8 +826,8 @@ class BlockWalk:
         self.seqlen = tokens.shape[1]
         self.sequences = tokens.to(device).split(1)  # each (1, seqlen)
         self.has_gpu = device.type == "cuda"  # copies to and from it can be asynchronous
-        # By how much equal values may differ. In 16 bits, an expert rounds otherwise if later
-        # tokens change the size of its batch.
+        # By how much, relatively, equal values may differ. In 16 bits, an expert rounds otherwise
+        # if later tokens change the size of its batch.
         self.tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
         # Both are set by `check`. For a block that returns a tuple: Nones, which stand for its
         # further outputs while it is bypassed.
