@@ -686,7 +686,7 @@ class GroupCollector:
         At `last_layer` the pass ends: all other layers have been multiplied.
         """
         if name == self.last_layer:
-            raise BlockOutput(x)
+            raise BlockOutput(x)  # not an output, but nobody reads it
         # A layer that already has a group of its own stays in it.
         group = self.groups.get(name, self.previous_group)
         is_shared = self.shares_previous_input(name, x) and group is self.previous_group
@@ -782,13 +782,13 @@ def collect_last_layer(
             EtX += E[0].T @ X
     group = LinearGroup({name: weight}, gram, tokens=len(pruned_states) * walk.seqlen)
     # The block adds the output as it is if it returns less by just that with a weight of zeros.
-    values = weight.clone()
-    weight.zero_()
-    without = walk.run_block(index, walk.sequences[row], states)
-    weight.copy_(values)
     is_added = False
     if fits:
         output = X @ weight.float().T  # (seqlen, out_features)
+        values = weight.clone()
+        weight.zero_()
+        without = walk.run_block(index, walk.sequences[row], states)
+        weight.copy_(values)
         atol = walk.tolerance * float(output.abs().max())
         is_added = torch.allclose(without + output, H.float(), rtol=walk.tolerance, atol=atol)
     if all(gather_from_ranks(is_added)):

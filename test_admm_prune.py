@@ -1494,7 +1494,7 @@ def test_pruning_a_trained_model_ranks_the_methods(tokenizer, monkeypatch):
     tokens, windows = (part[: len(part) // 64 * 64].view(-1, 64) for part in (calibration, test))
     results = [ap.perplexity(model, windows, "cpu")]
     collect = ap.collect_last_layer
-    without_lost = lambda *args: dataclasses.replace(collect(*args), EtX=None)  # noqa: E731
+    without_EtX = lambda *args: dataclasses.replace(collect(*args), EtX=None)  # noqa: E731
     for method, correction in (
         ("admm-grad", 0.5), ("inputs", 0.5), ("admm-grad", 0.0), ("wanda", 0.0), ("magnitude", 0.0),
     ):  # fmt: skip
@@ -1502,7 +1502,7 @@ def test_pruning_a_trained_model_ranks_the_methods(tokenizer, monkeypatch):
         with monkeypatch.context() as context:
             if method == "inputs":
                 method = "admm-grad"
-                context.setattr(ap, "collect_last_layer", without_lost)
+                context.setattr(ap, "collect_last_layer", without_EtX)
             config = ADMMConfig(correction=correction)
             ap.prune_model(model, tokens, Settings(method, 0.8, config=config), "cpu")
         results.append(ap.perplexity(model, windows, "cpu"))
