@@ -103,15 +103,15 @@ def prune_weight(
     sparsity = resolve_sparsity(sparsity, pattern)
     check_tensors(weight, gram, pattern, mask)
 
-    # Features are scaled to unit norm, and the weight to W0 = W d, so that one rho suits them all.
-    # |W0| is then Wanda's score.
+    # Features are divided by d, so that their norm is 1 and one rho suits them all, and the weight
+    # is multiplied: W0 = W d. |W0| is then Wanda's score.
     gram = gram.float()
     d = feature_norms(gram)  # (in,)
     A = gram / d / d[:, None]  # (in, in)
     A.diagonal().add_(config.damping)
     if config.saliency:
         # Removing the entry j of a row of W0 costs W0_j^2 / [A^-1]_jj if the others adapt (optimal
-        # brain surgeon). Features are scaled by s as well, so that this cost is W0_j^2.
+        # brain surgeon). With the factor s in d as well, this cost is W0_j^2.
         s = inverse(A).diagonal().rsqrt()  # (in,)
         d = d * s
         A /= s * s[:, None]
@@ -252,8 +252,8 @@ def correct_weight(
     It is W + strength * E^T X (G + damping * diag G)^-1. With strength 1 and damping 0, its output
     is the least-squares fit to X W^T + E. With E = (X_dense - X) W^T, what the output lost
     because earlier blocks are pruned, this is the correction of QEP (Arai and Ichikawa, NeurIPS
-    2025, arXiv 2504.09629), which has both parameters, and of GPTAQ (Li et al., ICML 2025); both
-    are for quantisation.
+    2025, arXiv 2504.09629; strength and damping are its parameters) and of GPTAQ (Li et al., ICML
+    2025), which are methods of quantisation.
 
     Args:
         weight: W, (out_features, in_features), of the dtype of `gram` and `EtX`.
@@ -398,7 +398,7 @@ def prune_with(
 class LinearGroup:
     """Linear layers that share their input X, as q, k and v do, and sums over that input.
 
-    If the weights are to be corrected, either `cross` is set, and E^T X is W C, or `EtX`.
+    If the weights are to be corrected, one of two is set: `EtX`, or `cross`, so that E^T X is W C.
     """
 
     weights: dict[str, Tensor]  # name in the block -> view of its weight, (out, in)
@@ -505,7 +505,7 @@ def collect_groups(
         if dense_states is not None:
             with InterceptProducts(block, collector.keep_dense_input):
                 walk.advance_row(dense_states, index, row)
-        last_layers.add(collector.last_layer)
+        last_layers.add(collector.last_layer)  # set by the dense pass, or None
         with InterceptProducts(block, collector.add_input):
             walk.run_block(index, walk.sequences[row], pruned_states[row])  # for its inputs only
     last_layers = last_layers.union(*gather_from_ranks(last_layers))
@@ -560,7 +560,8 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
 # weight of the block. `GroupCollector` has two such functions. Order of calls, for each sequence:
 # `forget_inputs`; if there is a correction, a pass of the dense states with `keep_dense_input`; a
 # pass of the pruned states with `add_input`. Then `finish` returns the groups. Once these are
-# pruned, `collect_last_layer` returns that of `last_layer`, if any. All other weights stay dense.
+# pruned, `collect_last_layer` returns the group of `last_layer`, if there is one. A weight in no
+# group stays dense.
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -592,9 +593,9 @@ def find_stacks(block: nn.Module) -> dict[str, nn.Parameter]:
 def find_experts(block: nn.Module) -> dict[str, Tensor]:
     """Return the weights of experts by name: linear layers in a module list, parts of a stack.
 
-    Every module list inside a block is taken for a list of experts. For any other list, the only
-    consequence is that its layers are pruned one by one, without a correction, and by magnitude
-    if only others in the list are multiplied.
+    Every module list inside a block is taken for a list of experts. For any other list, this has
+    two consequences: its layers are pruned one by one, without a correction; and one that is never
+    multiplied is pruned by magnitude if another is multiplied.
     """
     lists = [name for name, m in block.named_modules() if isinstance(m, nn.ModuleList)]
     prefixes = tuple(f"{name}." for name in lists)
@@ -645,8 +646,8 @@ class InterceptProducts(TorchFunctionMode):
 
     def intercept(self, x: Tensor, weight: Tensor) -> None:
         """Report the product if `weight` is a parameter of the block or a view of one."""
-        parameter = weight  # or the root of which it is a view
-        if weight._base is not None:
+        parameter = weight
+        if weight._base is not None:  # it is a view
             parameter = weight._base
         name = self.names.get(id(parameter))
         if name is None:
@@ -696,16 +697,18 @@ class GroupCollector:
     def keep_dense_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Keep an input in the dense model until `add_input` receives its counterpart.
 
-        An expert has none: in the pruned model, other tokens may be routed to it. Each product sets
-        `last_layer` anew: to its layer if this has a single input, which is kept, or else to None.
+        The input of an expert has none: in the pruned model, other tokens may be routed to it. Each
+        product also sets `last_layer`: to its layer, if it is the only product with that layer and
+        its input is kept, or else to None.
         """
         has_all_tokens = x.shape[:-1].numel() == self.seqlen  # or else rows cannot be paired
         if has_all_tokens and name not in self.experts:
             self.dense_inputs[name].append(x.clone())  # the block may change x in place
         self.dense_products[name] += 1
-        has_single_input = name in self.dense_inputs and self.dense_products[name] == 1
+        is_only_product = self.dense_products[name] == 1
         is_gate = len(weight) == 1  # with one output, as behind Qwen-MoE's shared expert
-        self.last_layer = name if has_single_input and not is_gate else None
+        is_candidate = name in self.dense_inputs and is_only_product and not is_gate
+        self.last_layer = name if is_candidate else None
 
     def add_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Add an input in the pruned model to the sums of the layer's group.
@@ -713,7 +716,7 @@ class GroupCollector:
         At `last_layer` the pass ends: all other layers have been multiplied.
         """
         if name == self.last_layer:
-            raise StopForward(None)  # the pass is for the inputs only
+            raise StopForward(None)  # to `BlockWalk.forward`: this pass is for the inputs only
         is_shared = self.shares_previous_input(name, x)
         if name not in self.groups:
             if is_shared:
@@ -726,7 +729,9 @@ class GroupCollector:
         x_dense = None
         if self.dense_inputs[name]:
             x_dense = self.dense_inputs[name].pop(0)
-        if is_shared and group is self.previous_group:  # this input was added for the layer before
+        # The first layer of a group adds the input for all. A layer that is in another group, since
+        # it had another input before, adds a shared one there as well.
+        if is_shared and group is self.previous_group:
             return
         self.previous_group = group
         X = x.reshape(-1, x.shape[-1]).float()  # (tokens, in_features)
@@ -739,7 +744,7 @@ class GroupCollector:
             group.cross.addmm_((X_dense - X).T, X)
 
     def shares_previous_input(self, name: str, x: Tensor) -> bool:
-        """Return whether x is the previous input, not changed in place since; x takes its place.
+        """Return whether x is the previous input, unmodified since; then remember x as that.
 
         An expert shares its input with no layer: it is a group by itself.
         """
@@ -753,8 +758,8 @@ class GroupCollector:
     def add_group(self, name: str, weight: Tensor) -> None:
         """Create the group of a layer and, for an expert, those of its siblings.
 
-        Siblings that no token reaches are never multiplied, so their orientation is taken from this
-        expert, which was. The order is the same whichever expert is the first, on all ranks.
+        Siblings that no token reaches are never multiplied, so they get the orientation of this
+        expert. The order is the same whichever expert is the first, on all ranks.
         """
         weights = {name: weight}
         if name in self.experts:  # compared by strides, since shapes cannot tell for square weights
@@ -862,8 +867,8 @@ class BlockWalk:
         self.seqlen = tokens.shape[1]
         self.sequences = tokens.to(device).split(1)  # each (1, seqlen)
         self.has_gpu = device.type == "cuda"  # copies to and from it can be asynchronous
-        # By how much, relatively, equal values may differ. In 16 bits, an expert rounds otherwise
-        # if later tokens change the size of its batch.
+        # Relative tolerance for values that should be equal. In 16 bits, outputs of an expert are
+        # rounded differently if later tokens change the size of its batch.
         self.tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
         # Both are set by `check`. While a block that returns a tuple is bypassed, Nones stand for
         # its further outputs.
@@ -873,7 +878,7 @@ class BlockWalk:
     def __enter__(self):
         model = self.model.eval()
         with ExitStack() as changes:  # undoes all changes if one of them fails
-            # Inner modules read both from the config. Bypassed blocks have no router logits.
+            # Inner modules read both flags from the config. Bypassed blocks have no router logits.
             for config in (model.config, model.config.get_text_config(decoder=True)):
                 for name, value in (("return_dict", True), ("output_router_logits", False)):
                     if getattr(config, name, value) != value:
@@ -916,6 +921,7 @@ class BlockWalk:
         second[:, half:] = (first[:, half:] + 1) % (first.max() + 1)  # other tokens
         pair = (first, second)
         with error_context(f"{name} cannot be run block by block", Exception):
+            # The model as a whole; `stand_in` moves its blocks to the device in turn.
             logits = [self.forward(tokens, running=range(self.depth)).float() for tokens in pair]
             states = [self.run_embeddings(tokens) for tokens in pair]
             for index in range(self.depth):
@@ -926,7 +932,8 @@ class BlockWalk:
                             raise ValueError(f"block {index} returns NaN or infinite values")
             for i, tokens in enumerate(pair):
                 difference = (self.run_head(tokens, states[i]) - logits[i]).norm()
-                if not difference <= 1e-4 * logits[i].norm():  # `not <=` is also true for NaN
+                # Also in 16 bits, since both have the same products. `not <=` is true for NaN too.
+                if not difference <= 1e-4 * logits[i].norm():
                     relative = difference / logits[i].norm()
                     raise ValueError(f"its logits then differ by a relative {relative:.2g}")
         self.states_dtype = states[0].dtype
@@ -954,6 +961,8 @@ class BlockWalk:
     def advance_row(self, states: Tensor, index: int, row: int) -> None:
         """Replace the hidden states of one sequence by those after block `index`, in place."""
         output = self.run_block(index, self.sequences[row], states[row])
+        # With a GPU, this returns before the copy is complete. The states are only read by copies
+        # back to that GPU, which come after it in the same stream.
         states[row].copy_(output, non_blocking=self.has_gpu)
 
     def run_embeddings(self, tokens: Tensor) -> Tensor:
@@ -1271,7 +1280,7 @@ def flush_to_disk(path: Path) -> None:
 def get_fingerprint(
     model: nn.Module, tokens: Tensor, settings: Settings, device: torch.device
 ) -> str:
-    """Return a hash of all that the result depends on, up to rounding.
+    """Return a hash of all that the result depends on, but for its rounding.
 
     It covers the arguments, this file, and the versions of torch and transformers. To save time,
     only every 1009th element of a matrix is read.
@@ -1597,8 +1606,8 @@ def parse_arguments() -> argparse.Namespace:
 def command_line(program: str, hint: str = ""):
     """Set up torch, and turn what goes wrong inside into an exit with one sentence."""
     # TF32 on GPUs: 16-bit inputs fit into its mantissa, so Gram matrices lose nothing. Differences
-    # of hidden states are rounded, but less than the states were. In the solver it raises the
-    # reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
+    # of inputs are rounded relative to themselves, so by less than the inputs were. In the solver
+    # it raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
     torch.set_float32_matmul_precision("high")
     transformers.utils.logging.disable_progress_bar()
     try:
