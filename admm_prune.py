@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 4 admm_prune.py --model meta-llama/Llama-2-13b-hf   # several GPUs
     python admm_prune.py --demo --sparsity 0.6      # a small real LLaMA, no model hub needed
 
-Each linear layer with weight W and calibration inputs X gets a sparse weight W' that minimises
+Each linear layer with weight W and calibration inputs X gets a sparse weight W' that is to minimise
 
     ||X W^T - X W'^T||^2 = tr((W - W') G (W - W')^T)    with the Gram matrix G = X^T X,
 
@@ -54,7 +54,7 @@ from transformers.pytorch_utils import Conv1D
 class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are ours; `PAPER` holds those of the paper."""
 
-    damping: float = 0.1  # added to the unit diagonal of the scaled Gram matrix
+    damping: float = 0.1  # added to the unit diagonal of the scaled Gram matrix, often singular
     rho: tuple[float, ...] = (0.25, 0.4, 0.63, 1.0)  # penalties, one after the other
     updates_per_rho: int = 4  # steps with each penalty; before them, step 1 has no penalty
     mask_steps: int = 4  # the mask reaches the full sparsity in this step (T in the paper)
@@ -115,11 +115,12 @@ def prune_weight(
         s = inverse(A).diagonal().rsqrt()  # (in,)
         d = d * s
         A /= s * s[:, None]
-        # The mean diagonal is set back to 1 + damping, since rho is relative to it.
+        # The mean diagonal is set back to 1 + damping, since rho is relative to it. The costs keep
+        # their order.
         A *= (1 + config.damping) / A.diagonal().mean()
 
-    # ADMM has two copies of W0: V, which reconstructs the outputs, and Z, which has the zeros. U is
-    # the sum of V - Z over the steps. In step 1, V is W0, the optimum without zeros.
+    # ADMM has two copies of W0: V, which reconstructs the outputs, and Z, which has the zeros. U
+    # adds up V - Z over the steps. In step 1, V is W0, the optimum without zeros.
     W0 = weight.float() * d  # (out, in)
     step = 1
     is_given = mask is not None
@@ -249,11 +250,12 @@ def correct_weight(
 ) -> Tensor:
     """Return the weight to aim at if the output X W^T is to gain a part of E.
 
-    It is W + strength * E^T X (G + damping * diag G)^-1. With strength 1 and damping 0, its output
-    is the least-squares fit to X W^T + E. With E = (X_dense - X) W^T, what the output lost
-    because earlier blocks are pruned, this is the correction of QEP (Arai and Ichikawa, NeurIPS
-    2025, arXiv 2504.09629; strength and damping are its parameters) and of GPTAQ (Li et al., ICML
-    2025), which are methods of quantisation.
+    It is W + strength * E^T X (G + damping * Diag G)^-1, where Diag G is the diagonal matrix with
+    the diagonal of G. With strength 1 and damping 0, its output is the least-squares fit to
+    X W^T + E. With E = (X_dense - X) W^T, what the output lost because earlier blocks are pruned,
+    this is the correction of QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629; strength and
+    damping are its parameters) and of GPTAQ (Li et al., ICML 2025), which are methods of
+    quantisation.
 
     Args:
         weight: W, (out_features, in_features), of the dtype of `gram` and `EtX`.
@@ -274,7 +276,7 @@ def measure_error(
     """Return the reconstruction error and the optimality gap of a pruned weight.
 
     The error is ||X W^T - X W'^T||^2 / ||X W^T||^2. The gap is 0 if no weight with the zeros of W'
-    has a smaller objective of ADMM, tr(D (G + damping * diag G) D^T) with D = W - W'. It is the
+    has a smaller objective of ADMM, tr(D (G + damping * Diag G) D^T) with D = W - W'. It is the
     norm of the gradient of that objective over the nonzeros of W', with features of unit norm,
     divided by the same norm at W' = 0.
 
@@ -315,10 +317,10 @@ def sparsegpt(
     W[:, never_active] = 0
     diagonal[never_active] = 1
     diagonal += 0.01 * diagonal.mean()
-    # A^-1 = upper^T upper, and the inverse of A[j:, j:] is upper[j:, j:]^T upper[j:, j:]: its row 0
-    # is upper_jj times row j of `upper`. By optimal brain surgeon, removing w from column j
-    # therefore costs (w / upper_jj)^2 if the entries right of it change by -(w / upper_jj) times
-    # row j, and those left of it do not.
+    # A^-1 = upper^T upper. Since upper^-1 is triangular too, the inverse of A[j:, j:] is
+    # upper[j:, j:]^T upper[j:, j:], and its row 0 is upper_jj times row j of `upper`. By optimal
+    # brain surgeon, removing w from column j therefore costs (w / upper_jj)^2 if the entries right
+    # of it change by -(w / upper_jj) times row j, and those left of it do not.
     upper = torch.linalg.cholesky(inverse(A), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, len(A), width):
@@ -344,8 +346,8 @@ class Settings:
 
     Method "magnitude" keeps the largest |W| of a layer, "wanda" the largest |W| ||x|| of each row,
     x being an input feature (Sun et al., ICLR 2024, equation 1). "admm" has Wanda's mask and
-    updates the kept weights; the paper calls it ADMM1. "admm-grad" is `prune_weight`, and
-    "sparsegpt" the function of that name.
+    updates the kept weights; with `PAPER`, it is ADMM1 of the paper. "admm-grad" is `prune_weight`,
+    after `correct_weight` in a model, and "sparsegpt" the function of that name.
     """
 
     method: str = "admm-grad"
@@ -380,7 +382,7 @@ def prune_with(
         mask = select_mask(weight.float(), sparsity, pattern, sections)
     else:
         scores = weight.float() * gram.diagonal().float().sqrt()
-        if pattern is None:  # Wanda keeps as many in each row, which is a pattern over the row
+        if pattern is None:  # the same number in each row, which is a pattern with M = in_features
             in_features = weight.shape[1]
             kept = in_features - round(sparsity * in_features)
             mask = select_mask(scores, 1 - kept / in_features, (kept, in_features))
@@ -398,7 +400,7 @@ def prune_with(
 class LinearGroup:
     """Linear layers that share their input X, as q, k and v do, and sums over that input.
 
-    If the weights are to be corrected, one of two is set: `EtX`, or `cross`, so that E^T X is W C.
+    If the weights are to be corrected, either `EtX` is set or `cross`, from which E^T X = W C.
     """
 
     weights: dict[str, Tensor]  # name in the block -> view of its weight, (out, in)
@@ -449,9 +451,9 @@ def prune_model(
     device = select_device(device)
     results = []
     with BlockWalk(model, share_of_rank(tokens), device) as walk:
-        check_products(walk, settings.pattern)  # calls `walk.check`, which `embed` relies on
+        check_products(walk, settings.pattern)  # also sets what `embed` needs
         finished = FinishedBlocks(resume_dir, model, tokens, settings, device)
-        # Hidden states of all sequences before the current block, (sequences, 1, seqlen, hidden).
+        # Hidden states before the current block, (sequences, batch of 1, seqlen, hidden).
         pruned_states = walk.embed()
         dense_states = None
         if settings.method == "admm-grad" and settings.config.correction > 0:
@@ -595,7 +597,7 @@ def find_experts(block: nn.Module) -> dict[str, Tensor]:
 
     Every module list inside a block is taken for a list of experts. For any other list, this has
     two consequences: its layers are pruned one by one, without a correction; and one that is never
-    multiplied is pruned by magnitude if another is multiplied.
+    multiplied is pruned by magnitude if one of the same name, but for the index, is multiplied.
     """
     lists = [name for name, m in block.named_modules() if isinstance(m, nn.ModuleList)]
     prefixes = tuple(f"{name}." for name in lists)
@@ -637,6 +639,7 @@ class InterceptProducts(TorchFunctionMode):
             if function is torch.addmm:
                 operands.pop(0)  # the bias
             left, right = operands[:2]
+            # What is passed on as the weight is (out, in), even where it is stored as (in, out).
             if function is F.linear:
                 self.intercept(left, right)
             elif right.ndim > 1:
@@ -698,15 +701,15 @@ class GroupCollector:
         """Keep an input in the dense model until `add_input` receives its counterpart.
 
         The input of an expert has none: in the pruned model, other tokens may be routed to it. Each
-        product also sets `last_layer`: to its layer, if it is the only product with that layer and
-        its input is kept, or else to None.
+        product also sets `last_layer`: to its layer, if it is the only product with that layer, its
+        input is kept and the layer is no gate, or else to None.
         """
         has_all_tokens = x.shape[:-1].numel() == self.seqlen  # or else rows cannot be paired
         if has_all_tokens and name not in self.experts:
             self.dense_inputs[name].append(x.clone())  # the block may change x in place
         self.dense_products[name] += 1
         is_only_product = self.dense_products[name] == 1
-        is_gate = len(weight) == 1  # with one output, as behind Qwen-MoE's shared expert
+        is_gate = len(weight) == 1  # as behind Qwen-MoE's shared expert: multiplied, not added
         is_candidate = name in self.dense_inputs and is_only_product and not is_gate
         self.last_layer = name if is_candidate else None
 
@@ -729,8 +732,8 @@ class GroupCollector:
         x_dense = None
         if self.dense_inputs[name]:
             x_dense = self.dense_inputs[name].pop(0)
-        # The first layer of a group adds the input for all. A layer that is in another group, since
-        # it had another input before, adds a shared one there as well.
+        # Nothing is left to do if this group has just added x, for the previous layer. A layer that
+        # received another input before is in another group, to which x must be added too.
         if is_shared and group is self.previous_group:
             return
         self.previous_group = group
@@ -821,8 +824,8 @@ def collect_last_layer(
             E = dense_states[row].to(H.device).float() - H.float()
             EtX += E[0].T @ X
     group = LinearGroup({last_layer: weight}, gram, tokens=len(pruned_states) * walk.seqlen)
-    # Does the block add the output as it is? Then H is less by just that if the weight is 0. One
-    # sequence tells: the last one, whose variables the loop has left.
+    # Does the block add the output as it is? Then setting the weight to 0 lowers H by exactly the
+    # output. One sequence is enough: the last one, whose values X, H, row and states still have.
     is_added = False
     if fits:
         output = X @ weight.float().T  # (seqlen, out_features)
@@ -868,7 +871,7 @@ class BlockWalk:
         self.sequences = tokens.to(device).split(1)  # each (1, seqlen)
         self.has_gpu = device.type == "cuda"  # copies to and from it can be asynchronous
         # Relative tolerance for values that should be equal. In 16 bits, outputs of an expert are
-        # rounded differently if later tokens change the size of its batch.
+        # rounded differently if other later tokens, as in `check`, change the size of its batch.
         self.tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
         # Both are set by `check`. While a block that returns a tuple is bypassed, Nones stand for
         # its further outputs.
@@ -878,7 +881,8 @@ class BlockWalk:
     def __enter__(self):
         model = self.model.eval()
         with ExitStack() as changes:  # undoes all changes if one of them fails
-            # Inner modules read both flags from the config. Bypassed blocks have no router logits.
+            # Inner modules read `return_dict` from the config, whatever the call says, and the
+            # flag that asks for router logits, which bypassed blocks do not have.
             for config in (model.config, model.config.get_text_config(decoder=True)):
                 for name, value in (("return_dict", True), ("output_router_logits", False)):
                     if getattr(config, name, value) != value:
@@ -932,7 +936,7 @@ class BlockWalk:
                             raise ValueError(f"block {index} returns NaN or infinite values")
             for i, tokens in enumerate(pair):
                 difference = (self.run_head(tokens, states[i]) - logits[i]).norm()
-                # Also in 16 bits, since both have the same products. `not <=` is true for NaN too.
+                # 1e-4 in 16 bits too: both runs have the same products. `not <=` is true for NaN.
                 if not difference <= 1e-4 * logits[i].norm():
                     relative = difference / logits[i].norm()
                     raise ValueError(f"its logits then differ by a relative {relative:.2g}")
@@ -1280,7 +1284,7 @@ def flush_to_disk(path: Path) -> None:
 def get_fingerprint(
     model: nn.Module, tokens: Tensor, settings: Settings, device: torch.device
 ) -> str:
-    """Return a hash of all that the result depends on, but for its rounding.
+    """Return a hash of all that the result depends on, but for what only changes its rounding.
 
     It covers the arguments, this file, and the versions of torch and transformers. To save time,
     only every 1009th element of a matrix is read.
@@ -1605,9 +1609,9 @@ def parse_arguments() -> argparse.Namespace:
 @contextmanager
 def command_line(program: str, hint: str = ""):
     """Set up torch, and turn what goes wrong inside into an exit with one sentence."""
-    # TF32 on GPUs: 16-bit inputs fit into its mantissa, so Gram matrices lose nothing. Differences
-    # of inputs are rounded relative to themselves, so by less than the inputs were. In the solver
-    # it raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
+    # TF32 on GPUs: 16-bit inputs fit into its mantissa, so their Gram matrices lose nothing. The
+    # differences X_dense - X are rounded relative to themselves, so by less than X was. In the
+    # solver it raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
     torch.set_float32_matmul_precision("high")
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -1620,8 +1624,8 @@ def command_line(program: str, hint: str = ""):
 
 def join_ranks() -> None:
     """Join the processes that torchrun started; all but rank 0 print errors only."""
-    # Import torch.distributed.nn before the process group exists. transformers imports it when it
-    # loads a model; it then keeps the group alive, and one run in nine crashed at its exit.
+    # Import torch.distributed.nn before the process group exists. If it is imported later, as by
+    # transformers when a model is loaded, it keeps the group alive: a run in nine crashed at exit.
     importlib.import_module("torch.distributed.nn")
     backend = "gloo"
     if torch.cuda.is_available():
