@@ -54,7 +54,7 @@ from transformers.pytorch_utils import Conv1D
 class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are ours; `PAPER` holds those of the paper."""
 
-    damping: float = 0.1  # added to the scaled Gram matrix, which is often singular, times I
+    damping: float = 0.1  # damping * I is added to the scaled Gram matrix, often singular
     rho: tuple[float, ...] = (0.25, 0.4, 0.63, 1.0)  # penalties, one after the other
     updates_per_rho: int = 4  # steps with each penalty; before them, step 1 has no penalty
     mask_steps: int = 4  # the mask reaches the full sparsity in this step (T in the paper)
@@ -111,7 +111,8 @@ def prune_weight(
     A.diagonal().add_(config.damping)
     if config.saliency:
         # Removing the entry j of a row of W0 costs W0_j^2 / [A^-1]_jj if the others adapt (optimal
-        # brain surgeon). With the factor s in d as well, this cost is W0_j^2.
+        # brain surgeon). With d s for d, [A^-1]_jj becomes 1, and the cost the square of the new
+        # W0_j. With a given mask, s only changes the scaling in which rho acts.
         s = inverse(A).diagonal().rsqrt()  # (in,)
         d = d * s
         A /= s * s[:, None]
@@ -130,7 +131,7 @@ def prune_weight(
     U = W0 - Z
     previous_rho = config.rho[0]
     for rho in config.rho:
-        U *= previous_rho / rho  # U is the Lagrange multiplier / rho, and that must not change
+        U *= previous_rho / rho  # rho U is the Lagrange multiplier, which must not change
         previous_rho = rho
         A.diagonal().add_(rho)
         R = inverse(A).mul_(rho)  # rho (A + rho I)^-1
@@ -346,8 +347,8 @@ class Settings:
 
     Method "magnitude" keeps the largest |W| of a layer, "wanda" the largest |W| ||x|| of each row,
     x being an input feature (Sun et al., ICLR 2024, equation 1). "admm" has Wanda's mask and
-    updates the kept weights; with `PAPER`, it is ADMM1 of the paper. "admm-grad" is `prune_weight`,
-    in a model after `correct_weight`, and "sparsegpt" the function of that name.
+    updates the kept weights; with `PAPER`, it is ADMM1 of the paper. "admm-grad" is `prune_weight`;
+    `prune_model` first calls `correct_weight`. "sparsegpt" is the function of that name.
     """
 
     method: str = "admm-grad"
@@ -367,8 +368,8 @@ def prune_with(
 ) -> Tensor:
     """Return a weight pruned by the method of the settings.
 
-    The rest is as in `prune_weight`, but "wanda" and "admm" round the number of zeros in each row,
-    and "sparsegpt" for each 128 columns.
+    Arguments and errors are those of `prune_weight`, but "wanda" and "admm" round the number of
+    zeros in each row, and "sparsegpt" for each 128 columns.
     """
     sparsity = settings.sparsity
     pattern = settings.pattern
@@ -428,9 +429,9 @@ def prune_model(
 ) -> list[PrunedLinear]:  # fmt: skip
     """Prune every linear layer inside the decoder blocks of a causal LM, in place.
 
-    Each block is pruned for the inputs that it gets once the blocks before it are pruned. Hidden
-    states of the dense model are computed as well, for `correct_weight`. Embeddings and LM head
-    stay dense. With torch.distributed, the ranks share the sequences and the linear layers.
+    Each block is pruned for the inputs that it gets once the blocks before it are pruned. If
+    weights are corrected, the hidden states of the dense model are computed as well. Embeddings and
+    LM head stay dense. With torch.distributed, the ranks share the sequences and the linear layers.
 
     Args:
         model: a Hugging Face decoder-only model on the host. After an exception it may be pruned
@@ -450,7 +451,7 @@ def prune_model(
     device = select_device(device)
     results = []
     with BlockWalk(model, share_of_rank(tokens), device) as walk:
-        check_products(walk, settings.pattern)  # also sets what `embed` needs
+        check_products(walk, settings.pattern)  # also finds the dtype of the states, for `embed`
         finished = FinishedBlocks(resume_dir, model, tokens, settings, device)
         # Hidden states before the current block, (sequences, batch of 1, seqlen, hidden).
         pruned_states = walk.embed()
@@ -589,7 +590,10 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_stacks(block: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the 3-D parameters by name, in which transformers stacks the experts of a mixture."""
+    """Return the 3-D parameters by name, in which transformers stacks the experts of a mixture.
+
+    Kernels of convolutions are among them; they are never multiplied as experts and stay dense.
+    """
     return {name: p for name, p in block.named_parameters() if p.ndim == 3}
 
 
@@ -597,8 +601,8 @@ def find_experts(block: nn.Module) -> dict[str, Tensor]:
     """Return the weights of experts by name: linear layers in a module list, parts of a stack.
 
     Every module list inside a block is taken for a list of experts. If it is none, its layers are
-    still pruned, but one by one, without a correction, and as soon as one of the same name, but
-    for the index, is multiplied; a layer that never is, by magnitude.
+    still pruned, but one by one and without a correction. If one of them is multiplied, all that
+    have the same name but for the index are pruned: those never multiplied, by magnitude.
     """
     lists = [name for name, m in block.named_modules() if isinstance(m, nn.ModuleList)]
     prefixes = tuple(f"{name}." for name in lists)
@@ -720,7 +724,7 @@ class GroupCollector:
         At `last_layer` the pass ends: all other layers have been multiplied.
         """
         if name == self.last_layer:
-            raise StopForward(None)  # to `BlockWalk.forward`: this pass is for the inputs only
+            raise StopForward(None)  # to `BlockWalk.forward`
         is_shared = self.shares_previous_input(name, x)
         if name not in self.groups:
             if is_shared:
@@ -734,7 +738,7 @@ class GroupCollector:
         if self.dense_inputs[name]:
             x_dense = self.dense_inputs[name].pop(0)
         # Nothing is left to do if this group has just added x, for the previous layer. A layer that
-        # received another input before is in another group, to which x must be added too.
+        # did not share its first input is in another group, to which x must be added too.
         if is_shared and group is self.previous_group:
             return
         self.previous_group = group
@@ -828,7 +832,7 @@ def collect_last_layer(
             EtX += E[0].T @ X
     group = LinearGroup({last_layer: weight}, gram, tokens=len(pruned_states) * walk.seqlen)
     # Does the block add the output as it is? Then setting the weight to 0 lowers H by exactly the
-    # output. One sequence is enough: the last one, of which X, H, row and states still are.
+    # output. One sequence is enough: X, H, row and states are still those of the last one.
     is_added = False
     if fits:
         output = X @ weight.float().T  # (seqlen, out_features)
@@ -861,8 +865,8 @@ class BlockWalk:
 
     The model's own forward calls the blocks, so that masks, rotary embeddings and whatever else an
     architecture hands to them need no code here. Each block's forward is replaced by `stand_in`,
-    which lets only the wanted block run. The device holds that block, the parts outside the blocks
-    and the hidden states of one sequence; all else is on the host.
+    which lets only the wanted block run. The device holds that block, the parts outside the blocks,
+    all tokens and the hidden states of one sequence. The other blocks and states are on the host.
     """
 
     def __init__(self, model: nn.Module, tokens: Tensor, device: torch.device):
@@ -873,8 +877,8 @@ class BlockWalk:
         self.seqlen = tokens.shape[1]
         self.sequences = tokens.to(device).split(1)  # each (1, seqlen)
         self.has_gpu = device.type == "cuda"  # copies to and from it can be asynchronous
-        # Relative tolerance for values that are equal but for rounding: logits in `check`, where in
-        # 16 bits other tokens change the batches of experts; hidden states for the last layer.
+        # Relative tolerance for values that are equal but for rounding: in `check` for causality,
+        # since other later tokens change how many each expert gets, and in `collect_last_layer`.
         self.tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
         # Both are set by `check`. While a block that returns a tuple is bypassed, Nones stand for
         # its further outputs.
@@ -1066,7 +1070,7 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(0, device=name).device
-        torch.empty(0, device=device).cpu()  # the meta device has no values
+        torch.empty(0, device=device).cpu()  # fails for the meta device, which has no values
     except Exception as error:  # each backend has its own
         raise ValueError(f"device {str(name)!r} is not available") from error
     if device.type == "cuda":
@@ -1172,7 +1176,6 @@ def count_positions(model: nn.Module) -> float:
 # ----------------------------------------------------------------------------------------- ranks
 #
 # Under torchrun, each rank runs its share of the sequences and prunes its share of the groups.
-# Without it there is one rank, and nothing is exchanged.
 
 
 def get_rank() -> int:
@@ -1614,10 +1617,9 @@ def parse_arguments() -> argparse.Namespace:
 @contextmanager
 def command_line(program: str, hint: str = ""):
     """Set up torch, and turn what goes wrong inside into an exit with one sentence."""
-    # TF32 on GPUs: 16-bit inputs fit into its mantissa, so their Gram matrices lose nothing. The
-    # differences X_dense - X and H_dense - H are rounded relative to themselves, on average by less
-    # than X and H were. In the solver it raises the reconstruction error by 0.01 % (emulated on a
-    # CPU, 18 layers).
+    # TF32 on GPUs rounds factors to 11 bits. 16-bit inputs fit, so Gram matrices lose nothing, and
+    # their differences are rounded, on average, by less than storing the inputs has rounded them.
+    # In the solver, it raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
     torch.set_float32_matmul_precision("high")
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -1,7 +1,7 @@
 """Perplexity of a causal LM on WikiText-2, C4 or a text file, one decoder block at a time.
 
     python eval_ppl.py --model facebook/opt-6.7b
-    python eval_ppl.py --model opt-6.7b-admm-grad-0.5 --dataset wikitext2 --seqlen 2048
+    python eval_ppl.py --model opt-6.7b-admm-grad-0.5 --dataset c4
 
 The protocol is that of the published tables (GPTQ, SparseGPT, Wanda): join the rows of WikiText-2's
 test split by blank lines, tokenise them once, cut windows of `seqlen` tokens that do not overlap,
