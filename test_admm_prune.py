@@ -1,4 +1,4 @@
-"""Tests: `pytest`. No network, five minutes on two cores. The mathematics is checked
+"""Tests: `pytest`. No network, seven minutes on one core. The mathematics is checked
 against independent computations in float64, the traversal against the models' own forward passes.
 """
 
