@@ -791,7 +791,6 @@ class GroupCollector:
         for name, group in self.groups.items():
             if self.received[name] != group.tokens:
                 raise ValueError(f"{list(group.weights)} share some of their inputs but not all")
-        self.forget_inputs()
         groups = list(dict.fromkeys(self.groups.values()))  # each of them once
         sum_over_ranks(groups)
         return groups
