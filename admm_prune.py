@@ -56,11 +56,11 @@ class ADMMConfig:
 
     damping: float = 0.1  # damping * I is added to the scaled Gram matrix, often singular
     rho: tuple[float, ...] = (0.25, 0.4, 0.63, 1.0)  # penalties, one after the other
-    updates_per_rho: int = 4  # steps with each penalty; before them, step 1 has no penalty
+    updates_per_rho: int = 4  # steps with each penalty, after step 1, which has none
     mask_steps: int = 4  # the mask reaches the full sparsity in this step (T in the paper)
     freeze_mask: bool = False  # True: select no mask after that step; False: one in every step
     saliency: bool = True  # True: scale for scores of optimal brain surgeon; False: Wanda's scores
-    correction: float = 0.5  # `prune_model` only: strength of `correct_weight`, of damping 1
+    correction: float = 0.5  # `prune_model` only: `strength` of `correct_weight`; its damping is 1
 
     def __post_init__(self):
         if not self.rho or not all(rho > 0 for rho in self.rho):
@@ -88,13 +88,13 @@ def prune_weight(
     """Return a weight pruned with ADMM and gradual mask selection (paper, sections 3 and 4).
 
     Args:
-        weight: (out_features, in_features), any float dtype. Weights that share their input may
-            be stacked along out_features; they then share the matrix inversions.
+        weight: (out_features, in_features), any float dtype. The weights of layers that share
+            their input may be stacked along out_features; they then share the matrix inversions.
         gram: Gram matrix X^T X over all calibration tokens, (in_features, in_features).
-        sparsity: share of zeros, from 0 to below 1: round(sparsity * numel) weights become 0.
-        pattern: (N, M) keeps N of every M consecutive weights of a row; it overrides `sparsity`.
-        mask: (out_features, in_features) bool, True where a weight is kept. It overrides both, and
-            only the values of the kept weights change.
+        sparsity: share of zeros, from 0 to below 1: round(sparsity * numel) entries become 0.
+        pattern: (N, M) keeps N of every M consecutive entries of a row; it overrides `sparsity`.
+        mask: (out_features, in_features) bool, True where an entry is kept. It overrides both, and
+            only the values of the kept entries change.
         sections: out_features of each stacked weight. Each then reaches the sparsity by itself.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
@@ -112,8 +112,8 @@ def prune_weight(
     A.diagonal().add_(config.damping)
     if config.saliency:
         # Removing the entry j of a row of W0 costs W0_j^2 / [A^-1]_jj if the others adapt (optimal
-        # brain surgeon). With d s for d, [A^-1]_jj becomes 1, and the cost the square of the new
-        # W0_j. With a given mask, s only changes the scaling in which rho acts.
+        # brain surgeon). With d s in place of d, [A^-1]_jj becomes 1, and the cost the square of
+        # the new W0_j. With a given mask, s only changes the scaling in which rho acts.
         s = inverse(A).diagonal().rsqrt()  # (in,)
         d = d * s
         A /= s * s[:, None]
@@ -281,18 +281,18 @@ def measure_error(
     """Return the reconstruction error and the optimality gap of a pruned weight.
 
     The error is ||X W^T - X W'^T||^2 / ||X W^T||^2. The gap is 0 if no weight with the zeros of W'
-    has a smaller objective of ADMM, tr(D (G + damping * Diag G) D^T) with D = W - W'. It is the
-    norm of the gradient of that objective over the nonzeros of W', with features of unit norm,
-    divided by the same norm at W' = 0.
+    has a smaller objective of ADMM, tr(delta (G + damping * Diag G) delta^T) with delta = W - W'.
+    It is the norm of the gradient of that objective with respect to the kept entries, with features
+    of unit norm, divided by the norm for the same entries at W' = 0.
 
     Args: `weight` and `pruned` (out_features, in_features), `gram` (in_features, in_features).
     """
     gram = gram.float()
 
-    def error_and_gradient_norm(D: Tensor) -> Tensor:
-        DG = D @ gram
-        gradient = (DG + damping * D * gram.diagonal()) / feature_norms(gram)
-        return torch.stack([(DG * D).sum(), gradient[pruned != 0].norm()])
+    def error_and_gradient_norm(delta: Tensor) -> Tensor:
+        delta_G = delta @ gram
+        gradient = (delta_G + damping * delta * gram.diagonal()) / feature_norms(gram)
+        return torch.stack([(delta_G * delta).sum(), gradient[pruned != 0].norm()])
 
     at_pruned = error_and_gradient_norm(weight.float() - pruned.float())
     at_zero = error_and_gradient_norm(weight.float())
@@ -352,8 +352,8 @@ class Settings:
     Method "magnitude" keeps the largest |W| of a layer, "wanda" the largest |W| ||x|| of each row,
     x being an input feature (Sun et al., ICLR 2024, equation 1). "admm" has Wanda's mask and
     updates the kept weights; with `PAPER`, it is ADMM1 of the paper. "admm-grad" is `prune_weight`;
-    if `config.correction` is above 0, `prune_model` calls `correct_weight` before it, except for
-    experts. "sparsegpt" is the function of that name.
+    if `config.correction` is above 0, `prune_model` calls `correct_weight` before it, except
+    where E is unknown, as for experts. "sparsegpt" is the function of that name.
     """
 
     method: str = "admm-grad"
@@ -392,7 +392,7 @@ def prune_with(
         if pattern is None:  # the same number in each row, which is a pattern with M = in_features
             in_features = weight.shape[1]
             pattern = (in_features - round(sparsity * in_features), in_features)
-        mask = select_mask(scores, 1 - pattern[0] / pattern[1], pattern)
+        mask = select_mask(scores, 1 - pattern[0] / pattern[1], pattern)  # N is rounded
     if settings.method == "admm":
         return prune_weight(weight, gram, mask=mask, config=config)
     return torch.where(mask, weight, 0)
@@ -412,7 +412,7 @@ class LinearGroup:
     gram: Tensor  # G = X^T X, (in_features, in_features) float32
     cross: Tensor | None = None  # C = (X_dense - X)^T X, (in_features, in_features)
     EtX: Tensor | None = None  # for a block's last layer, (out_features, in_features)
-    tokens: int = 0  # rows of X
+    token_count: int = 0  # rows of X
 
 
 @dataclass
@@ -500,7 +500,7 @@ def prune_block(
 def collect_groups(
     walk: "BlockWalk", index: int, dense_states: Tensor | None, pruned_states: Tensor
 ) -> tuple[list[LinearGroup], str | None]:
-    """Return the groups of block `index`, and the name of its last layer if that is in no group.
+    """Return the groups of block `index`, and the name of the layer to prune after them, if any.
 
     The states are those of `prune_block`; `dense_states` advance. Raises a ValueError if it depends
     on the tokens which layer is the last.
@@ -537,7 +537,7 @@ def prune_groups(groups: list[LinearGroup], index: int, settings: Settings) -> l
 def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[PrunedLinear]:
     """Prune the layers of a group in place; `index` is the number of their block."""
     config = settings.config
-    if group.tokens == 0:  # nothing is known of the inputs of an expert that no token reached
+    if group.token_count == 0:  # nothing is known of the inputs of an expert that no token reached
         settings = replace(settings, method="magnitude")
     target = torch.cat(list(group.weights.values()))  # (out_features of all, in_features)
     dtype = target.dtype
@@ -557,10 +557,12 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
         weight.copy_(pruned_part)
         share_of_zeros = int((pruned_part == 0).sum()) / pruned_part.numel()
         error, gap = None, None
-        if group.tokens > 0:
+        if group.token_count > 0:
             error, gap = measure_error(target_part, pruned_part, group.gram, config.damping)
         shape = tuple(weight.shape)
-        results.append(PrunedLinear(index, name, shape, share_of_zeros, error, gap, group.tokens))
+        results.append(
+            PrunedLinear(index, name, shape, share_of_zeros, error, gap, group.token_count)
+        )
     return results
 
 
@@ -715,14 +717,14 @@ class GroupCollector:
         `last_layer` becomes the layer of each product in turn, but None if its input is not kept,
         if it was multiplied before in this pass, or if it is a gate.
         """
-        has_all_tokens = x.shape[:-1].numel() == self.seqlen  # or else rows cannot be paired
-        if has_all_tokens and name not in self.experts:
+        has_all_tokens = x.shape[:-1].numel() == self.seqlen
+        is_kept = has_all_tokens and name not in self.experts  # or else tokens cannot be paired
+        if is_kept:
             self.dense_inputs[name].append(x.clone())  # the block may change x in place
         self.dense_products[name] += 1
-        is_only_product = self.dense_products[name] == 1
+        is_first_product = self.dense_products[name] == 1
         is_gate = len(weight) == 1  # as behind Qwen-MoE's shared expert, which it scales
-        is_candidate = name in self.dense_inputs and is_only_product and not is_gate
-        self.last_layer = name if is_candidate else None
+        self.last_layer = name if is_kept and is_first_product and not is_gate else None
 
     def add_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Add an input in the pruned model to the sums of the layer's group.
@@ -739,17 +741,16 @@ class GroupCollector:
                 self.add_group(name, weight)
         group = self.groups[name]
         group.weights[name] = weight
-        self.received[name] += x.shape[:-1].numel()  # `finish` compares it with group.tokens
-        x_dense = None
-        if self.dense_inputs[name]:
-            x_dense = self.dense_inputs[name].pop(0)
-        # The previous layer has added x already if it is in the same group. It is in another one if
-        # the two did not share the first input of this layer; x must then be added there too.
+        self.received[name] += x.shape[:-1].numel()  # for `finish`
+        waiting = self.dense_inputs[name]
+        x_dense = waiting.pop(0) if waiting else None  # even if unused: the next is for the next x
+        # If the previous layer is in this group, it has added x already. If it is in another (the
+        # two did not share the first input of this layer), x is added to this group too.
         if is_shared and group is self.previous_group:
             return
         self.previous_group = group
         X = x.reshape(-1, x.shape[-1]).float()  # (tokens, in_features)
-        group.tokens += len(X)
+        group.token_count += len(X)
         group.gram.addmm_(X.T, X)
         if x_dense is not None:
             X_dense = x_dense.reshape(X.shape).float()
@@ -792,11 +793,11 @@ class GroupCollector:
     def finish(self) -> list[LinearGroup]:
         """Return the groups, with the sums over all ranks.
 
-        Raises: ValueError if a layer shares some inputs with its group but not all: group.tokens
-            then differs from what the layer received.
+        Raises: ValueError if a layer shares some inputs with its group but not all:
+            group.token_count then differs from what the layer received.
         """
         for name, group in self.groups.items():
-            if self.received[name] != group.tokens:
+            if self.received[name] != group.token_count:
                 raise ValueError(f"{list(group.weights)} share some of their inputs but not all")
         groups = list(dict.fromkeys(self.groups.values()))  # each of them once
         sum_over_ranks(groups)
@@ -836,7 +837,7 @@ def collect_last_layer(
         if fits:
             E = dense_states[row].to(H.device).float() - H.float()
             EtX += E[0].T @ X
-    group = LinearGroup({last_layer: weight}, gram, tokens=len(pruned_states) * walk.seqlen)
+    group = LinearGroup({last_layer: weight}, gram, token_count=len(pruned_states) * walk.seqlen)
     # Does the block add the output as it is? Then setting the weight to 0 lowers H by exactly the
     # output. One sequence is enough: X, H, row and states are still those of the last one.
     is_added = False
@@ -869,10 +870,11 @@ class StopForward(Exception):
 class BlockWalk:
     """Runs a causal LM one decoder block at a time over a set of token sequences.
 
-    The model's own forward calls the blocks, so that masks, rotary embeddings and whatever else an
-    architecture hands to them need no code here. Each block's forward is replaced by `stand_in`,
-    which lets only the wanted block run. The device holds that block, the parts outside the blocks,
-    all tokens and the hidden states of one sequence. The other blocks and states are on the host.
+    The model's own forward calls the blocks, so that attention masks, rotary embeddings and
+    whatever else an architecture hands to them need no code here. Each block's forward is replaced
+    by `stand_in`, which lets only the wanted block run. The device holds that block, the parts
+    outside the blocks, all tokens and the hidden states of one sequence. The other blocks and
+    states are on the host.
     """
 
     def __init__(self, model: nn.Module, tokens: Tensor, device: torch.device):
@@ -885,8 +887,8 @@ class BlockWalk:
         self.has_gpu = device.type == "cuda"  # copies to and from it can be asynchronous
         # Relative tolerance for values that are equal but for rounding.
         self.tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        # Both are set by `check`. While a block that returns a tuple is bypassed, Nones stand for
-        # its further outputs.
+        # Both are first set during `check`. While a block that returns a tuple is bypassed, Nones
+        # stand for its further outputs.
         self.extra_outputs = {}  # index of such a block -> [None, ...]
         self.states_dtype = None  # of the hidden states that blocks return
 
@@ -938,16 +940,16 @@ class BlockWalk:
         pair = (first, second)
         with error_context(f"{name} cannot be run block by block", Exception):
             # The model as a whole; `stand_in` moves its blocks to the device in turn.
-            logits = [self.forward(tokens, running=range(self.depth)).float() for tokens in pair]
-            states = [self.run_embeddings(tokens) for tokens in pair]
+            logits = [self.forward(ids, running=range(self.depth)).float() for ids in pair]
+            states = [self.run_embeddings(ids) for ids in pair]
             for index in range(self.depth):
                 with self.on_device(index):
-                    for i, tokens in enumerate(pair):
-                        states[i] = self.run_block(index, tokens, states[i])
+                    for i, ids in enumerate(pair):
+                        states[i] = self.run_block(index, ids, states[i])
                         if not states[i].isfinite().all():
                             raise ValueError(f"block {index} returns NaN or infinite values")
-            for i, tokens in enumerate(pair):
-                difference = (self.run_head(tokens, states[i]) - logits[i]).norm()
+            for i, ids in enumerate(pair):
+                difference = (self.run_head(ids, states[i]) - logits[i]).norm()
                 # 1e-4 in 16 bits too: both runs compute the same products. `not <=` holds for NaN.
                 if not difference <= 1e-4 * logits[i].norm():
                     relative = difference / logits[i].norm()
@@ -970,8 +972,8 @@ class BlockWalk:
         """
         shape = (len(self.sequences), *self.run_embeddings(self.sequences[0]).shape)
         states = torch.empty(shape, dtype=self.states_dtype, device="cpu", pin_memory=self.has_gpu)
-        for row, tokens in enumerate(self.sequences):
-            states[row] = self.run_embeddings(tokens)
+        for row, sequence in enumerate(self.sequences):
+            states[row] = self.run_embeddings(sequence)
         return states
 
     def advance(self, states: Tensor, index: int) -> None:
@@ -986,21 +988,21 @@ class BlockWalk:
         # back to that GPU, which come after it in the same stream.
         states[row].copy_(output, non_blocking=self.has_gpu)
 
-    def run_embeddings(self, tokens: Tensor) -> Tensor:
+    def run_embeddings(self, sequence: Tensor) -> Tensor:
         """Return the hidden states of a sequence before block 0, which is bypassed."""
-        return self.forward(tokens, stop_after=0)
+        return self.forward(sequence, stop_after=0)
 
-    def run_block(self, index: int, tokens: Tensor, states: Tensor) -> Tensor | None:
+    def run_block(self, index: int, sequence: Tensor, states: Tensor) -> Tensor | None:
         """Return the hidden states of a sequence after block `index`, given those before it."""
-        return self.forward(tokens, states, running=(index,), stop_after=index)
+        return self.forward(sequence, states, running=(index,), stop_after=index)
 
-    def run_head(self, tokens: Tensor, states: Tensor) -> Tensor:
+    def run_head(self, sequence: Tensor, states: Tensor) -> Tensor:
         """Return the logits of a sequence, given its hidden states after the last block."""
-        return self.forward(tokens, states)
+        return self.forward(sequence, states)
 
     @torch.no_grad()
-    def forward(self, tokens, states=None, running=(), stop_after=None) -> Tensor | None:
-        """Run the forward of the model for one sequence, (1, seqlen).
+    def forward(self, sequence, states=None, running=(), stop_after=None) -> Tensor | None:
+        """Run the forward of the model for one sequence of tokens, (1, seqlen).
 
         The blocks in `running` run, and the others return their input. If `states` are given, block
         0 receives them instead of the embeddings. Returns the hidden states after block
@@ -1012,15 +1014,15 @@ class BlockWalk:
         self.running = running
         self.stop_after = stop_after
         try:
-            output = self.model(tokens, use_cache=False, return_dict=True)
+            output = self.model(sequence, use_cache=False, return_dict=True)
         except StopForward as stop:
             return stop.args[0]
         if stop_after is not None:
             raise ValueError(f"the forward of the model never calls block {stop_after}")
         return output.logits
 
-    def stand_in(self, index: int, forward, *args, **kwargs):
-        """Take the place of `forward`, that of block `index`: call it, skip it, or stop."""
+    def stand_in(self, index: int, block_forward, *args, **kwargs):
+        """Take the place of the forward of block `index`: call it, skip it, or stop."""
         if args:
             states, *args = args
         else:
@@ -1029,7 +1031,7 @@ class BlockWalk:
             states = self.states
         if index in self.running:
             with self.on_device(index):  # it is there already, unless the whole model runs
-                output = forward(states, *args, **kwargs)
+                output = block_forward(states, *args, **kwargs)
             if not isinstance(output, Tensor):  # a tuple or list: the states and more
                 self.extra_outputs[index] = [None] * (len(output) - 1)
         elif index in self.extra_outputs:
@@ -1218,9 +1220,9 @@ def sum_over_ranks(groups: list[LinearGroup]) -> None:
     members = [(list(group.weights), group.cross is None) for group in groups]
     if any(other != members for other in gather_from_ranks(members)):
         raise ValueError("linear layers share inputs, or are corrected, on some ranks only")
-    counts = gather_from_ranks([group.tokens for group in groups])
+    counts = gather_from_ranks([group.token_count for group in groups])
     for i, group in enumerate(groups):
-        group.tokens = sum(count[i] for count in counts)
+        group.token_count = sum(count[i] for count in counts)
         dist.all_reduce(group.gram)
         for matrix in (group.cross, group.EtX):
             if matrix is not None:
@@ -1351,18 +1353,19 @@ def calibration_tokens(
     For "c4", they are a random crop of each document longer than `seqlen`, as in the paper; for
     "wikitext2" (the train split) or a text file, random windows of the text.
     """
-    documents = (tokenize(tokenizer, text) for text in load_documents(source, "train", seed))
+    texts = load_documents(source, "train", seed)
+    tokenized = (tokenize(tokenizer, text) for text in texts)
     if source == "c4":
-        documents = islice(documents, 1000 * nsamples)  # rather than search all of C4
-        documents = (ids for ids in documents if len(ids) > seqlen)
+        tokenized = islice(tokenized, 1000 * nsamples)  # rather than search all of C4
+        tokenized = (ids for ids in tokenized if len(ids) > seqlen)
     else:
-        ids = next(documents)
+        ids = next(tokenized)
         if len(ids) < seqlen:
             raise ValueError(f"the text has {len(ids)} tokens, but seqlen is {seqlen}")
-        documents = repeat(ids)
+        tokenized = repeat(ids)
     generator = torch.Generator().manual_seed(seed)
     samples = []
-    for ids in islice(documents, nsamples):
+    for ids in islice(tokenized, nsamples):
         start = int(torch.randint(len(ids) - seqlen + 1, (), generator=generator))
         samples.append(ids[start : start + seqlen])
     if len(samples) < nsamples:

@@ -634,7 +634,7 @@ def test_sums_over_the_inputs(dtype):
     assert len(inputs["mlp.up_proj"]) == len(inputs["mlp.down_proj"]) == 4 + 2 * 7
     assert len(ends) == 4 + 7
     for names, group in groups.items():
-        assert group.tokens == tokens.numel() and group.gram.dtype == torch.float32
+        assert group.token_count == tokens.numel() and group.gram.dtype == torch.float32
         collected = inputs[names[0]][4:]
         X_dense = torch.cat(collected[::2])
         X = torch.cat(collected[1::2])
@@ -837,7 +837,7 @@ def test_a_layer_multiplied_between_others():
     X = torch.cat(passes[1::2])
     group = groups[("mlp.gate_proj",)]
     assert ("mlp.up_proj",) in groups
-    assert group.tokens == len(X) == 2 * tokens.numel()
+    assert group.token_count == len(X) == 2 * tokens.numel()
     torch.testing.assert_close(group.gram.double(), X.T @ X, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(group.cross.double(), (X_dense - X).T @ X, rtol=1e-4, atol=1e-4)
 
@@ -886,7 +886,7 @@ def test_experts_have_the_gram_matrices_of_the_tokens_routed_to_them(kind, path,
             for (name, *_), group in groups.items()
             if name.startswith(path) and name.endswith(f".{e}") and len(group.gram) == x.shape[1]
         ]
-        assert group.cross is None and group.tokens == len(mine)
+        assert group.cross is None and group.token_count == len(mine)
         torch.testing.assert_close(group.gram.double(), mine.T @ mine, rtol=1e-3, atol=1e-3)
 
 
@@ -979,7 +979,7 @@ def test_groups_come_in_one_order_whichever_experts_are_reached(kind):
     model = make_model(kind)
     runs = [collect(model, make_tokens(1, 3, seed)) for seed in range(6)]
     assert all(list(groups) == list(runs[0]) for groups in runs)
-    reached = {tuple(group.tokens > 0 for group in groups.values()) for groups in runs}
+    reached = {tuple(group.token_count > 0 for group in groups.values()) for groups in runs}
     assert len(reached) > 1
 
 
