@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT windows")
     parser.add_argument("--device", help="default: cuda, else cpu")
-    dtype_help = "default: the checkpoint's; on a CPU float32"
+    dtype_help = "auto: float32 on a CPU or from a .gguf file, else the checkpoint's"
     parser.add_argument("--dtype", choices=ap.DTYPES, default="auto", help=dtype_help)
     args = parser.parse_args()
     if args.seqlen < 2 or (args.limit is not None and args.limit < 1):
