@@ -11,8 +11,8 @@ For each linear layer with weight W and calibration inputs X, a sparse W' is cho
 
 after "Fast and Effective Weight Update for Pruned Large Language Models" (Vladimír Boža, TMLR
 2024, arXiv 2401.02938). The method comes first: the solver, which needs torch alone and is made to
-be copied; the correction of its target weights, the error measures and the baselines; then
-`prune_model`, the loop over the decoder blocks; and last, what that loop needs.
+be copied; the correction of weights before they are pruned, error measures and baselines; then
+`prune_model`, the loop over the decoder blocks; and last, the machinery.
 """
 
 import argparse
@@ -59,8 +59,8 @@ class ADMMConfig:
     updates_per_rho: int = 4  # steps with each penalty, after step 1, which has none
     mask_steps: int = 4  # the mask reaches the full sparsity in this step (T in the paper)
     freeze_mask: bool = False  # True: select no mask after that step; False: one in every step
-    saliency: bool = True  # True: scale for scores of optimal brain surgeon; False: Wanda's scores
-    correction: float = 0.5  # `prune_model` only: `strength` of `correct_weight`; its damping is 1
+    saliency: bool = True  # True: |W0| ranks as optimal brain surgeon does; False: as Wanda
+    correction: float = 0.5  # `prune_model` passes it to `correct_weight` as `strength`
 
     def __post_init__(self):
         if not self.rho or not all(rho > 0 for rho in self.rho):
@@ -93,19 +93,19 @@ def prune_weight(
         gram: Gram matrix X^T X over all calibration tokens, (in_features, in_features).
         sparsity: share of zeros, from 0 to below 1: round(sparsity * numel) entries become 0.
         pattern: (N, M) keeps N of every M consecutive entries of a row; it overrides `sparsity`.
-        mask: (out_features, in_features) bool, True where an entry is kept. It overrides both, and
-            only the values of the kept entries change.
+        mask: (out_features, in_features) bool, True where an entry is kept. It overrides both; only
+            the kept values are then optimised.
         sections: out_features of each stacked weight. Each then reaches the sparsity by itself.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
     Raises: ValueError if the arguments do not fit each other, or are not finite;
-        torch.linalg.LinAlgError if `config.damping` is 0 and the scaled Gram matrix singular.
+        torch.linalg.LinAlgError if a matrix to invert is singular, as can be with damping 0.
     """
     sparsity = resolve_sparsity(sparsity, pattern)
     check_tensors(weight, gram, pattern, mask)
 
     # Features are divided by d, so that their norm is 1 and one rho suits them all, and the weight
-    # is multiplied by d: W0 = W d. |W0| is then Wanda's score.
+    # is multiplied by d: W0 = W d. Without saliency, |W0| is Wanda's score.
     gram = gram.float()
     d = feature_norms(gram)  # (in,)
     A = gram / d / d[:, None]  # (in, in)
@@ -141,7 +141,7 @@ def prune_weight(
             # (W0 A + rho (Z - U)) (A + rho I)^-1 in the paper; W0 A is W0 (A + rho I) - rho W0.
             V = W0 + (Z - U - W0) @ R
             U += V  # U + V - Z in two halves, since Z is made from U + V
-            del V, Z  # while the mask is selected: 3.8 GB for LLaMA-2-70B
+            del V, Z  # not needed to select the mask: 3.8 GB for LLaMA-2-70B
             step += 1
             is_frozen = config.freeze_mask and step > config.mask_steps
             if not is_given and not is_frozen:
@@ -167,7 +167,7 @@ def check_tensors(weight: Tensor, gram: Tensor, pattern=None, mask: Tensor | Non
 
 
 def resolve_sparsity(sparsity: float, pattern: tuple[int, int] | None) -> float:
-    """Return the sparsity, which a pattern overrides; raise ValueError if one is not valid."""
+    """Return the sparsity, or that of the pattern, if any; raise ValueError if it is not valid."""
     if pattern is not None:
         if len(pattern) != 2 or not 0 < pattern[0] < pattern[1]:
             raise ValueError(f"pattern must be (N, M) with 0 < N < M, got {pattern}")
@@ -218,7 +218,7 @@ def select_mask(
         groups = scores.unflatten(1, (-1, pattern[1]))  # (out, in / M, M)
         largest = groups.topk(pattern[0]).indices
         scores = groups.scatter(2, largest, torch.inf).flatten(1)
-        del groups, largest  # 8 to 12 bytes for each entry
+        del groups, largest  # 8 bytes for each entry if 2:4
     flat = scores.flatten()
     zeros = round(sparsity * len(flat))
     if zeros == 0:
@@ -393,7 +393,7 @@ def prune_with(
         if pattern is None:  # the same number in each row, which is a pattern with M = in_features
             in_features = weight.shape[1]
             pattern = (in_features - round(sparsity * in_features), in_features)
-        mask = select_mask(scores, 1 - pattern[0] / pattern[1], pattern)  # N is rounded
+        mask = select_mask(scores, 1 - pattern[0] / pattern[1], pattern)  # of the rounded N
     if settings.method == "admm":
         return prune_weight(weight, gram, mask=mask, config=config)
     return torch.where(mask, weight, 0)
@@ -437,7 +437,7 @@ def prune_model(
 
     Each block is pruned for the inputs that it gets once the blocks before it are pruned. If
     weights are corrected, the hidden states of the dense model are computed as well. Embeddings and
-    LM head stay dense. With torch.distributed, the ranks share the sequences and the linear layers.
+    LM head stay dense. torch.distributed divides sequences and linear layers among the ranks.
 
     Args:
         model: a Hugging Face decoder-only model on the host. After an exception it may be pruned
@@ -457,7 +457,7 @@ def prune_model(
     device = select_device(device)
     results = []
     with BlockWalk(model, share_of_rank(tokens), device) as walk:
-        check_products(walk, settings.pattern)  # calls `walk.check`, which `embed` relies on
+        check_products(walk, settings.pattern)  # calls `walk.check`; `embed` needs its result
         finished = FinishedBlocks(resume_dir, model, tokens, settings, device)
         # Hidden states before the current block, (sequences, batch of 1, seqlen, hidden).
         pruned_states = walk.embed()
@@ -514,7 +514,7 @@ def collect_groups(
         if dense_states is not None:
             with InterceptProducts(block, collector.keep_dense_input):
                 walk.advance_row(dense_states, index, row)
-        last_layers.add(collector.last_layer)  # of the dense pass; None without one
+        last_layers.add(collector.last_layer)  # None also without a dense pass
         with InterceptProducts(block, collector.add_input):
             walk.run_block(index, walk.sequences[row], pruned_states[row])  # for its inputs only
     last_layers = last_layers.union(*gather_from_ranks(last_layers))
@@ -610,7 +610,7 @@ def find_experts(block: nn.Module) -> dict[str, Tensor]:
     """Return the weights of experts by name: linear layers in a module list, parts of a stack.
 
     Every module list inside a block is taken for a list of experts. If it is none, its layers are
-    still pruned, but one by one and without a correction. If one of them is multiplied, all that
+    still pruned, but one by one and without a correction. If one expert is multiplied, all that
     have the same name but for the index are pruned: those never multiplied, by magnitude.
     """
     lists = [name for name, m in block.named_modules() if isinstance(m, nn.ModuleList)]
@@ -715,8 +715,8 @@ class GroupCollector:
         """Keep an input in the dense model until `add_input` receives its counterpart.
 
         The input of an expert has none: in the pruned model, other tokens may be routed to it.
-        `last_layer` becomes the layer of each product in turn, but None if its input is not kept,
-        if it was multiplied before in this pass, or if it is a gate.
+        After each product, `last_layer` is its layer, but None if its input is not kept, if it was
+        multiplied before in this pass, or if it is a gate.
         """
         has_all_tokens = x.shape[:-1].numel() == self.seqlen
         is_kept = has_all_tokens and name not in self.experts  # or else tokens cannot be paired
@@ -744,9 +744,9 @@ class GroupCollector:
         group.weights[name] = weight
         self.received[name] += x.shape[:-1].numel()  # for `finish`
         waiting = self.dense_inputs[name]
-        x_dense = waiting.pop(0) if waiting else None  # even if unused: the next is for the next x
-        # A layer that shares x and the group has nothing to add. One that shares x but did not
-        # share its first input is in another group, which needs x too.
+        x_dense = waiting.pop(0) if waiting else None  # even if unused, to stay in step with x
+        # A layer that shares x within its group has nothing to add. One that shares x with a layer
+        # of another group must add it to its own.
         if is_shared and group is self.previous_group:
             return
         self.previous_group = group
@@ -888,8 +888,8 @@ class BlockWalk:
         self.has_gpu = device.type == "cuda"  # copies to and from it can be asynchronous
         # Relative tolerance for values that are equal but for rounding.
         self.tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        # Both are first set during `check`. While a block that returns a tuple is bypassed, Nones
-        # stand for its further outputs.
+        # `check` is the first to set the next two. While a block that returns a tuple is bypassed,
+        # Nones stand for its further outputs.
         self.extra_outputs = {}  # index of such a block -> [None, ...]
         self.states_dtype = None  # of the hidden states that blocks return
 
@@ -960,7 +960,8 @@ class BlockWalk:
         tolerance = self.tolerance
         if any(min(weight.shape) > 1 for weight in find_experts(self.blocks).values()):
             # Later tokens change the sizes of the experts' products, which a GPU then rounds in
-            # other ways. Over 32 blocks in 16 bits, this adds up to 0.13 (emulated on a CPU).
+            # other ways. Over 32 blocks in 16 bits, this adds up to 0.13 (emulated on a CPU). What
+            # has the shape (1, k) is no expert but a kernel of a convolution.
             tolerance *= 30
         if difference > tolerance * logits[0][:, :half].norm():
             raise ValueError(f"{name} is not causal: its logits depend on later tokens")
@@ -1253,7 +1254,7 @@ def share_results(groups: list[LinearGroup], own_results: dict[int, list]) -> li
 
 
 class FinishedBlocks:
-    """Keeps finished blocks as files in a folder, so that a run can resume; with None, nowhere.
+    """Keeps finished blocks as files in a folder, if there is one, so that a run can resume.
 
     Their names carry the fingerprint of the run: runs with other settings do not see them.
     """
@@ -1352,8 +1353,8 @@ def calibration_tokens(
 ) -> Tensor:
     """Return calibration tokens, (nsamples, seqlen) int64; the same seed gives the same tokens.
 
-    For "c4", they are a random crop of each document longer than `seqlen`, as in the paper; for
-    "wikitext2" (the train split) or a text file, random windows of the text.
+    For "c4", they are a random crop of each of the first `nsamples` shuffled documents longer than
+    `seqlen`, as in the paper; for "wikitext2" (the train split) or a text file, random windows.
     """
     texts = load_documents(source, "train", seed)
     tokenized = (tokenize(tokenizer, text) for text in texts)
@@ -1631,7 +1632,7 @@ def parse_arguments() -> argparse.Namespace:
 def command_line(program: str, hint: str = ""):
     """Set up torch, and turn what goes wrong inside into an exit with one sentence."""
     # TF32 on GPUs rounds factors to 11 bits. Inputs of 16 bits fit, so their Gram matrices lose
-    # nothing; differences of inputs lose, on average, less than storing the inputs has cost.
+    # nothing; their differences lose less, on average, than rounding the inputs to 16 bits did.
     # In the solver, it raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
     torch.set_float32_matmul_precision("high")
     transformers.utils.logging.disable_progress_bar()
