@@ -181,7 +181,7 @@ def feature_norms(gram: Tensor, floor: float = 1e-8) -> Tensor:
     """Return sqrt(diag(gram)), (in_features,), with each at least `floor` times their mean.
 
     With the default floor, a feature that was never active gets a tiny norm instead of 0, so that
-    division is safe and its weights are pruned first.
+    division is safe and its weights are pruned first. If none was active, all norms are 1.
     """
     norms = gram.diagonal().sqrt()
     if norms.max() == 0:
@@ -1605,7 +1605,7 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--demo", action="store_true", help=demo_help)
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros")
-    pattern_help = "keep N of every M consecutive weights of a row"
+    pattern_help = "keep N of every M consecutive entries of a row"
     amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help=pattern_help)
     add("--method", choices=METHODS, default="admm-grad", help="algorithm")
     add("--paper", action="store_true", help="hyperparameters of the paper instead of ours")
