@@ -21,8 +21,8 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -54,13 +54,13 @@ from transformers.pytorch_utils import Conv1D
 class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are ours; `PAPER` holds those of the paper."""
 
-    damping: float = 0.1  # damping * I is added to the scaled Gram matrix, often singular
+    damping: float = 0.1  # damping * I is added to the scaled Gram matrix, which may be singular
     rho: tuple[float, ...] = (0.25, 0.4, 0.63, 1.0)  # penalties, one after the other
     updates_per_rho: int = 4  # steps with each penalty, after step 1, which has none
-    mask_steps: int = 4  # the mask reaches the full sparsity in this step (T in the paper)
+    mask_steps: int = 4  # the mask reaches the full sparsity in this step
     freeze_mask: bool = False  # True: select no mask after that step; False: one in every step
-    saliency: bool = True  # True: |W0| ranks as optimal brain surgeon does; False: as Wanda
-    correction: float = 0.5  # `prune_model` passes it to `correct_weight` as `strength`
+    saliency: bool = True  # True: rank entries as optimal brain surgeon does; False: as Wanda
+    correction: float = 0.5  # strength of `correct_weight`; `prune_weight` does not use it
 
     def __post_init__(self):
         if not self.rho or not all(rho > 0 for rho in self.rho):
@@ -96,9 +96,10 @@ def prune_weight(
         mask: (out_features, in_features) bool, True where an entry is kept. It overrides both; only
             the kept values are then optimised.
         sections: out_features of each stacked weight. Each then reaches the sparsity by itself.
+            They have no effect if the mask is given.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
-    Raises: ValueError if the arguments do not fit each other, or are not finite;
+    Raises: ValueError if weight, Gram matrix, mask and pattern do not fit, or are not finite;
         torch.linalg.LinAlgError if a matrix to invert is singular, as can be with damping 0.
     """
     sparsity = resolve_sparsity(sparsity, pattern)
@@ -117,8 +118,8 @@ def prune_weight(
         s = inverse(A).diagonal().rsqrt()  # (in,)
         d = d * s
         A /= s * s[:, None]
-        # The mean diagonal is set back to 1 + damping, since rho is relative to it. The costs keep
-        # their order.
+        # The mean diagonal is set to 1 + damping, as it was, since rho is relative to it. The costs
+        # keep their order.
         A *= (1 + config.damping) / A.diagonal().mean()
 
     # ADMM has two copies of W0: V, which reconstructs the outputs, and Z, which has the zeros. U
@@ -253,7 +254,7 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
 def correct_weight(
     weight: Tensor, gram: Tensor, EtX: Tensor, strength: float = 0.5, damping: float = 1.0
 ) -> Tensor:
-    """Return the weight to aim at if the output X W^T is to gain a part of E.
+    """Return the weight to aim at if the output X W^T is to gain a part of E, (tokens, out).
 
     It is W + strength * E^T X (G + damping * D)^-1, where D is the diagonal matrix of the squared
     feature norms, each norm being raised to at least a tenth of their mean: the weights of a
@@ -271,7 +272,8 @@ def correct_weight(
     d = feature_norms(gram, floor=0.1)
     A = gram / d / d[:, None]  # divided by d for accuracy
     A.diagonal().add_(damping)
-    gain = torch.cholesky_solve((EtX / d).T, torch.linalg.cholesky(A)).T / d  # E^T X (...)^-1
+    # E^T X (G + damping * D)^-1 = (E^T X / d) A^-1 / d
+    gain = torch.cholesky_solve((EtX / d).T, torch.linalg.cholesky(A)).T / d
     return weight + strength * gain
 
 
@@ -324,9 +326,9 @@ def sparsegpt(
     diagonal[never_active] = 1
     diagonal += 0.01 * diagonal.mean()
     # A^-1 = upper^T upper. Since upper^-1 is triangular too, the inverse of A[j:, j:] is
-    # upper[j:, j:]^T upper[j:, j:], and its row 0 is upper_jj times row j of `upper`. By optimal
-    # brain surgeon, removing w from column j therefore costs (w / upper_jj)^2 if the entries right
-    # of it change by -(w / upper_jj) times row j, and those left of it do not.
+    # B = upper[j:, j:]^T upper[j:, j:]. Its row 0 is upper_jj upper[j, j:], so B_00 = upper_jj^2.
+    # Optimal brain surgeon: removing w from column j costs w^2 / B_00 if the columns from j on
+    # change by -(w / B_00) times row 0 of B, which is -(w / upper_jj) upper[j, j:].
     upper = torch.linalg.cholesky(inverse(A), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, len(A), width):
@@ -390,10 +392,13 @@ def prune_with(
         mask = select_mask(weight.float(), sparsity, pattern, sections)
     else:
         scores = weight.float() * gram.diagonal().float().sqrt()
-        if pattern is None:  # the same number in each row, which is a pattern with M = in_features
+        if pattern is None:
+            # Each row keeps the same number of entries: a pattern with M = in_features. The
+            # sparsity changes a little, since N is rounded.
             in_features = weight.shape[1]
             pattern = (in_features - round(sparsity * in_features), in_features)
-        mask = select_mask(scores, 1 - pattern[0] / pattern[1], pattern)  # of the rounded N
+            sparsity = 1 - pattern[0] / pattern[1]
+        mask = select_mask(scores, sparsity, pattern)
     if settings.method == "admm":
         return prune_weight(weight, gram, mask=mask, config=config)
     return torch.where(mask, weight, 0)
@@ -503,20 +508,21 @@ def collect_groups(
 ) -> tuple[list[LinearGroup], str | None]:
     """Return the groups of block `index`, and the name of the layer to prune after them, if any.
 
-    The states are those of `prune_block`; `dense_states` advance. Raises a ValueError if it depends
-    on the tokens which layer is the last.
+    The states are those of `prune_block`; `dense_states` advance. In each dense pass, the collector
+    notes which layer is multiplied last: `GroupCollector.keep_dense_input` says when that is left
+    for later. Raises a ValueError if it depends on the tokens.
     """
     block = walk.blocks[index]
     collector = GroupCollector(block, walk.seqlen)
     last_layers = set()
-    for row in range(len(pruned_states)):
+    for number, sequence in enumerate(walk.sequences):
         collector.forget_inputs()
         if dense_states is not None:
             with InterceptProducts(block, collector.keep_dense_input):
-                walk.advance_row(dense_states, index, row)
-        last_layers.add(collector.last_layer)  # None also without a dense pass
+                walk.advance_sequence(dense_states, index, number)
+        last_layers.add(collector.last_layer)  # None without a dense pass
         with InterceptProducts(block, collector.add_input):
-            walk.run_block(index, walk.sequences[row], pruned_states[row])  # for its inputs only
+            walk.run_block(index, sequence, pruned_states[number])  # for its inputs only
     last_layers = last_layers.union(*gather_from_ranks(last_layers))
     if len(last_layers) > 1:
         names = ", ".join(sorted(map(str, last_layers)))
@@ -532,7 +538,13 @@ def prune_groups(groups: list[LinearGroup], index: int, settings: Settings) -> l
             first_name = next(iter(group.weights))
             with error_context(first_name):
                 own_results[number] = prune_group(group, index, settings)
-    return share_results(groups, own_results)
+    all_results = gather_from_ranks(own_results)
+    results = []
+    for number, group in enumerate(groups):
+        owner = number % count_ranks()
+        send_weights(group, owner)
+        results += all_results[owner][number]
+    return results
 
 
 def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[PrunedLinear]:
@@ -557,7 +569,8 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
     for (name, weight), target_part, pruned_part in parts:
         weight.copy_(pruned_part)
         share_of_zeros = int((pruned_part == 0).sum()) / pruned_part.numel()
-        error, gap = None, None
+        error = None
+        gap = None
         if group.token_count > 0:
             error, gap = measure_error(target_part, pruned_part, group.gram, config.damping)
         shape = tuple(weight.shape)
@@ -654,11 +667,12 @@ class InterceptProducts(TorchFunctionMode):
                 operands.pop(0)  # the bias
             left, right = operands[:2]
             # What is passed on as the weight is (out, in), even where it is stored as (in, out).
+            # Either factor may be the weight; `intercept` does nothing for the one that is not.
             if function is F.linear:
                 self.intercept(left, right)
             elif right.ndim > 1:
-                self.intercept(left, right.mT)  # if it is x @ weight.T
-                self.intercept(right.mT, left)  # if it is weight @ x.T
+                self.intercept(left, right.mT)  # x @ weight.T
+                self.intercept(right.mT, left)  # weight @ x.T
         return function(*args, **kwargs)
 
     def intercept(self, x: Tensor, weight: Tensor) -> None:
@@ -700,32 +714,31 @@ class GroupCollector:
         self.groups = {}  # name of a layer -> LinearGroup
         self.received = Counter()  # name of a layer -> tokens
         self.dense_inputs = defaultdict(list)  # name of a layer -> inputs that wait for `add_input`
-        self.dense_products = Counter()  # name of a layer -> products in the current dense pass
         self.last_layer = None  # name of the layer that is left to `collect_last_layer`
-        self.previous_input = (None, 0)  # input of the previous product, and its version
-        self.previous_group = None  # group of the previous product
+        self.previous = (None, 0, None)  # input of the previous product, its version, its group
 
     def forget_inputs(self) -> None:
         """Forget the inputs of the current sequence."""
         self.dense_inputs.clear()
-        self.dense_products.clear()
-        self.previous_input = (None, 0)
+        self.previous = (None, 0, None)
 
     def keep_dense_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Keep an input in the dense model until `add_input` receives its counterpart.
 
         The input of an expert has none: in the pruned model, other tokens may be routed to it.
-        After each product, `last_layer` is its layer, but None if its input is not kept, if it was
-        multiplied before in this pass, or if it is a gate.
+        Each product overwrites `last_layer`, which after the pass names the layer multiplied last.
+        It is None if the input of that layer is not kept, if another of its inputs was kept before
+        in this pass, or if it is a gate.
         """
+        self.last_layer = None
         has_all_tokens = x.shape[:-1].numel() == self.seqlen
-        is_kept = has_all_tokens and name not in self.experts  # or else tokens cannot be paired
-        if is_kept:
-            self.dense_inputs[name].append(x.clone())  # the block may change x in place
-        self.dense_products[name] += 1
-        is_first_product = self.dense_products[name] == 1
+        if name in self.experts or not has_all_tokens:  # tokens cannot be paired
+            return
+        self.dense_inputs[name].append(x.clone())  # the block may change x in place
+        is_first = len(self.dense_inputs[name]) == 1
         is_gate = len(weight) == 1  # as behind Qwen-MoE's shared expert, which it scales
-        self.last_layer = name if is_kept and is_first_product and not is_gate else None
+        if is_first and not is_gate:
+            self.last_layer = name
 
     def add_input(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Add an input in the pruned model to the sums of the layer's group.
@@ -734,22 +747,24 @@ class GroupCollector:
         """
         if name == self.last_layer:
             raise StopForward(None)  # to `BlockWalk.forward`
-        is_shared = self.shares_previous_input(name, x)
+        previous_x, previous_version, previous_group = self.previous
+        is_expert = name in self.experts  # it shares its input with no layer
+        is_shared = x is previous_x and x._version == previous_version and not is_expert
         if name not in self.groups:
             if is_shared:
-                self.groups[name] = self.previous_group
+                self.groups[name] = previous_group
+                previous_group.weights[name] = weight
             else:
                 self.add_group(name, weight)
         group = self.groups[name]
-        group.weights[name] = weight
+        self.previous = (None, 0, None) if is_expert else (x, x._version, group)
         self.received[name] += x.shape[:-1].numel()  # for `finish`
         waiting = self.dense_inputs[name]
         x_dense = waiting.pop(0) if waiting else None  # even if unused, to stay in step with x
-        # A layer that shares x within its group has nothing to add. One that shares x with a layer
-        # of another group must add it to its own.
-        if is_shared and group is self.previous_group:
+        # k after q has nothing to add: q has added the same x to the group of both. But if x was
+        # added to another group, since this layer had its own already, its group needs x too.
+        if is_shared and group is previous_group:
             return
-        self.previous_group = group
         X = x.reshape(-1, x.shape[-1]).float()  # (tokens, in_features)
         group.token_count += len(X)
         group.gram.addmm_(X.T, X)
@@ -759,18 +774,6 @@ class GroupCollector:
                 group.cross = torch.zeros_like(group.gram)
             group.cross.addmm_((X_dense - X).T, X)
 
-    def shares_previous_input(self, name: str, x: Tensor) -> bool:
-        """Return whether x is the previous input, unmodified since; then remember x as that.
-
-        An expert shares its input with no layer: it is a group by itself.
-        """
-        if name in self.experts:
-            self.previous_input = (None, 0)
-            return False
-        previous, version = self.previous_input
-        self.previous_input = (x, x._version)
-        return x is previous and x._version == version
-
     def add_group(self, name: str, weight: Tensor) -> None:
         """Create the group of a layer and, for an expert, those of its siblings.
 
@@ -779,7 +782,7 @@ class GroupCollector:
         """
         weights = {name: weight}
         if name in self.experts:
-            # Strides are compared, since shapes cannot tell if the weight is square.
+            # `weight` is (out, in), but may be stored as (in, out). If square, only strides tell.
             is_transposed = weight.stride() != self.experts[name].stride()
             weights = {
                 sibling: stored.mT if is_transposed else stored
@@ -825,10 +828,10 @@ def collect_last_layer(
 
     gram = 0
     EtX = 0
-    for row, states in enumerate(pruned_states):
+    for number, sequence in enumerate(walk.sequences):
         products.clear()
         with InterceptProducts(walk.blocks[index], keep):
-            H = walk.run_block(index, walk.sequences[row], states)
+            H = walk.run_block(index, sequence, pruned_states[number])
         if len(products) != 1:
             raise ValueError(f"{last_layer} is not multiplied once for each sequence")
         x, weight = products[0]
@@ -836,17 +839,17 @@ def collect_last_layer(
         gram += X.T @ X
         fits = H.shape == (1, len(X), len(weight))  # or else H cannot hold the layer's output
         if fits:
-            E = dense_states[row].to(H.device).float() - H.float()
+            E = dense_states[number].to(H.device).float() - H.float()
             EtX += E[0].T @ X
     group = LinearGroup({last_layer: weight}, gram, token_count=len(pruned_states) * walk.seqlen)
     # Does the block add the output as it is? Then setting the weight to 0 lowers H by exactly the
-    # output. One sequence is enough: X, H, row and states are still those of the last one.
+    # output. One sequence is enough: X, H, `fits` and `number` are still those of the last one.
     is_added = False
     if fits:
         output = X @ weight.float().T  # (seqlen, out_features)
         values = weight.clone()
         weight.zero_()
-        H_without = walk.run_block(index, walk.sequences[row], states).float()
+        H_without = walk.run_block(index, sequence, pruned_states[number]).float()
         weight.copy_(values)
         atol = walk.tolerance * float(output.abs().max())
         is_added = torch.allclose(H_without + output, H.float(), rtol=walk.tolerance, atol=atol)
@@ -888,8 +891,8 @@ class BlockWalk:
         self.has_gpu = device.type == "cuda"  # copies to and from it can be asynchronous
         # Relative tolerance for values that are equal but for rounding.
         self.tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        # `check` is the first to set the next two. While a block that returns a tuple is bypassed,
-        # Nones stand for its further outputs.
+        # The next two are unknown until `check` has run the blocks. While a block that returns a
+        # tuple is bypassed, Nones stand for its further outputs.
         self.extra_outputs = {}  # index of such a block -> [None, ...]
         self.states_dtype = None  # of the hidden states that blocks return
 
@@ -958,10 +961,11 @@ class BlockWalk:
         self.states_dtype = states[0].dtype
         difference = (logits[1] - logits[0])[:, :half].norm()
         tolerance = self.tolerance
-        if any(min(weight.shape) > 1 for weight in find_experts(self.blocks).values()):
+        experts = [weight for block in self.blocks for weight in find_experts(block).values()]
+        if any(min(weight.shape) > 1 for weight in experts):  # (1, k) is a convolution's kernel
             # Later tokens change the sizes of the experts' products, which a GPU then rounds in
-            # other ways. Over 32 blocks in 16 bits, this adds up to 0.13 (emulated on a CPU). What
-            # has the shape (1, k) is no expert but a kernel of a convolution.
+            # other ways. Over 32 blocks in 16 bits, this adds up to 0.13 (emulated on a CPU). A
+            # mixture in 16 bits that sees only one later token goes unnoticed with this tolerance.
             tolerance *= 30
         if difference > tolerance * logits[0][:, :half].norm():
             raise ValueError(f"{name} is not causal: its logits depend on later tokens")
@@ -974,21 +978,21 @@ class BlockWalk:
         """
         shape = (len(self.sequences), *self.run_embeddings(self.sequences[0]).shape)
         states = torch.empty(shape, dtype=self.states_dtype, device="cpu", pin_memory=self.has_gpu)
-        for row, sequence in enumerate(self.sequences):
-            states[row] = self.run_embeddings(sequence)
+        for number, sequence in enumerate(self.sequences):
+            states[number] = self.run_embeddings(sequence)
         return states
 
     def advance(self, states: Tensor, index: int) -> None:
         """Replace the hidden states of all sequences by those after block `index`, in place."""
-        for row in range(len(states)):
-            self.advance_row(states, index, row)
+        for number in range(len(states)):
+            self.advance_sequence(states, index, number)
 
-    def advance_row(self, states: Tensor, index: int, row: int) -> None:
+    def advance_sequence(self, states: Tensor, index: int, number: int) -> None:
         """Replace the hidden states of one sequence by those after block `index`, in place."""
-        output = self.run_block(index, self.sequences[row], states[row])
+        output = self.run_block(index, self.sequences[number], states[number])
         # With a GPU, this returns before the copy is complete. The states are only read by copies
         # back to that GPU, which come after it in the same stream.
-        states[row].copy_(output, non_blocking=self.has_gpu)
+        states[number].copy_(output, non_blocking=self.has_gpu)
 
     def run_embeddings(self, sequence: Tensor) -> Tensor:
         """Return the hidden states of a sequence before block 0, which is bypassed."""
@@ -1232,22 +1236,14 @@ def sum_over_ranks(groups: list[LinearGroup]) -> None:
                 dist.all_reduce(matrix)
 
 
-def share_results(groups: list[LinearGroup], own_results: dict[int, list]) -> list[PrunedLinear]:
-    """Send this rank's pruned weights to the others; return the results of all, in order.
-
-    `own_results` are those of this rank, by the number of their group.
-    """
-    if count_ranks() > 1:
-        for number, group in enumerate(groups):
-            for weight in group.weights.values():
-                pruned = weight.contiguous()  # a transposed view cannot be sent
-                dist.broadcast(pruned, src=number % count_ranks())
-                weight.copy_(pruned)
-    parts = gather_from_ranks(own_results)
-    results = []
-    for number in range(len(groups)):
-        results += parts[number % count_ranks()][number]
-    return results
+def send_weights(group: LinearGroup, owner: int) -> None:
+    """Send the pruned weights of a group from the rank that pruned it to the others."""
+    if count_ranks() == 1:
+        return
+    for weight in group.weights.values():
+        pruned = weight.contiguous()  # a transposed view cannot be sent
+        dist.broadcast(pruned, src=owner)
+        weight.copy_(pruned)
 
 
 # ----------------------------------------------------------------------- finished blocks on disk
@@ -1445,12 +1441,12 @@ def summarise(results: list[PrunedLinear]) -> str:
     for result in results:
         kinds[without_indices(result.name)].append(result)
     lines = [f"{'linear layer':28} {'count':>6} {'sparsity':>8} {'error':>7} {'gap':>7}"]
-    for kind, rows in kinds.items():
-        line = f"{kind:28} {len(rows):6} {fmean(row.sparsity for row in rows):8.4f}"
-        measured = [row for row in rows if row.error is not None]
+    for kind, members in kinds.items():
+        line = f"{kind:28} {len(members):6} {fmean(m.sparsity for m in members):8.4f}"
+        measured = [m for m in members if m.error is not None]
         if measured:
-            error = fmean(row.error for row in measured)
-            gap = fmean(row.gap for row in measured)
+            error = fmean(m.error for m in measured)
+            gap = fmean(m.gap for m in measured)
             line += f" {error:7.4f} {gap:7.4f}"
         lines.append(line)
     few = sum(0 < result.tokens < result.shape[1] for result in results)
@@ -1509,13 +1505,12 @@ def prune_and_save(args: argparse.Namespace, settings: Settings) -> None:
     with error_context(f"cannot calibrate with {args.calibration}", Exception):
         tokens = calibration_tokens(args.calibration, tokenizer, args.nsamples, seqlen, args.seed)
     model = load_model(args.model, args.dtype, device)
-    # What cannot be saved must not be found after hours of pruning.
+    # If one of these cannot be saved, find out now, not after hours of pruning.
     unsaved = "the tokenizer or the generation settings of the model cannot be saved"
-    with error_context(unsaved, Exception):
-        with tempfile.TemporaryDirectory() as trial:
-            tokenizer.save_pretrained(trial)
-            if model.can_generate():
-                model.generation_config.save_pretrained(trial)
+    with error_context(unsaved, Exception), tempfile.TemporaryDirectory() as trial:
+        tokenizer.save_pretrained(trial)
+        if model.can_generate():
+            model.generation_config.save_pretrained(trial)
     began = time.perf_counter()
     partial = folder.with_name(f"{folder.name}.partial")
     results = prune_model(model, tokens, settings, device, resume_dir=partial)
@@ -1541,6 +1536,8 @@ def prune_and_save(args: argparse.Namespace, settings: Settings) -> None:
             path.unlink()
         partial.rmdir()
     print(summarise(results))
+    in_layers = sum(math.prod(result.shape) for result in results)
+    print(f"these layers hold {in_layers / model.num_parameters():.1%} of all parameters")
     for name, share in unpruned.items():
         print(f"not pruned: {name}, {share:.1%} of the parameters in the blocks")
     print(f"pruned in {seconds:.1f} s")
@@ -1550,17 +1547,20 @@ def prune_and_save(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def save_model(model, tokenizer, report: dict, folder: Path, partial: Path) -> None:
-    """Save a model in a new folder: whole or not at all, even if the power fails."""
-    unfinished = partial / "unfinished-model"
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was interrupted here
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    """Save a model in a new folder: whole or not at all, even if the power fails.
+
+    A run that is killed meanwhile leaves a folder `unfinished-*` in `partial`.
+    """
     text = json.dumps(report, indent=2, default=str)  # paths, devices and dtypes become strings
-    (unfinished / "pruning_report.json").write_text(text, encoding="utf-8")
-    for path in unfinished.rglob("*"):
-        if path.is_file():
-            flush_to_disk(path)
-    unfinished.rename(folder)  # takes the place of an empty folder, never of another one
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=partial) as scratch:
+        unfinished = Path(scratch) / "model"
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        (unfinished / "pruning_report.json").write_text(text, encoding="utf-8")
+        for path in unfinished.rglob("*"):
+            if path.is_file():
+                flush_to_disk(path)
+        unfinished.rename(folder)  # takes the place of an empty folder, never of another one
 
 
 def demo(args: argparse.Namespace, settings: Settings) -> None:
@@ -1574,12 +1574,12 @@ def demo(args: argparse.Namespace, settings: Settings) -> None:
     device = select_device(args.device)
     skeleton, tokenizer = load_skeleton(path)
     check_model(skeleton, settings.pattern)
-    rows = min(args.nsamples, 16)  # enough for a comparison, and minutes on a CPU
+    count = min(args.nsamples, 16)  # enough for a comparison, and minutes on a CPU
     seqlen = min(args.seqlen, 512)
     ids = tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
-    calibration, test = (half[: rows * seqlen].view(rows, seqlen) for half in ids.chunk(2))
+    calibration, test = (half[: count * seqlen].view(count, seqlen) for half in ids.chunk(2))
     dense = load_model(path, args.dtype, device)
-    print(f"SmolLM2-135M-Instruct pruned to {format_amount(settings)}: {rows} x {seqlen} tokens "
+    print(f"SmolLM2-135M-Instruct pruned to {format_amount(settings)}: {count} x {seqlen} tokens "
           "to calibrate, as many to test")  # fmt: skip
     print(f"{'dense':10} perplexity {perplexity(dense, test, device):9.2f}")
     for method in ("magnitude", "wanda", "sparsegpt", "admm-grad"):
@@ -1613,10 +1613,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--nsamples", type=int, default=128, help="calibration sequences")
     add("--seqlen", type=int, default=2048, help="tokens in each of them")
     add("--seed", type=int, default=0, help="selects the calibration text")
-    add("--device", help="default: cuda if there is a GPU, else cpu")
+    add("--device", help="where to compute; None: cuda if there is a GPU, else cpu")
     dtype_help = "auto: float32 on a CPU or from a .gguf file, else the checkpoint's"
     add("--dtype", choices=DTYPES, default="auto", help=dtype_help)
-    add("--save", type=Path, metavar="DIR", help="default: by model, method and sparsity")
+    save_help = "output folder; None: named by model, method and sparsity"
+    add("--save", type=Path, metavar="DIR", help=save_help)
     args = parser.parse_args()
     for name in ("method", "calibration", "seed", "save"):
         if args.demo and getattr(args, name) != parser.get_default(name):
@@ -1630,11 +1631,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @contextmanager
 def command_line(program: str, hint: str = ""):
-    """Set up torch, and turn what goes wrong inside into an exit with one sentence."""
-    # TF32 on GPUs rounds factors to 11 bits. Inputs of 16 bits fit, so their Gram matrices lose
-    # nothing; their differences lose less, on average, than rounding the inputs to 16 bits did.
-    # In the solver, it raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
-    torch.set_float32_matmul_precision("high")
+    """Turn what goes wrong inside into an exit with one sentence."""
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
@@ -1661,6 +1658,11 @@ def join_ranks() -> None:
 def main() -> None:
     args = parse_arguments()
     hint = "" if args.demo else "; rerun the same command to resume"
+    # "high" allows TF32 on GPUs, which rounds factors to 11 significant bits. Inputs X of 16 bits
+    # fit, so X^T X loses nothing. Differences X_dense - X lose less, on average, than X lost when
+    # it was rounded to 16 bits. In the solver, TF32 raises the reconstruction error by 0.01 %
+    # (emulated on a CPU, 18 layers).
+    torch.set_float32_matmul_precision("high")
     with command_line("admm_prune.py", hint):
         if dist.is_torchelastic_launched():
             join_ranks()

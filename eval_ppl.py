@@ -33,9 +33,7 @@ def evaluation_tokens(
     """
     split = "validation" if source == "c4" else "test"
     with ap.error_context(f"cannot read {source}", Exception):
-        documents = ap.load_documents(source, split)
-        if source == "c4":
-            documents = islice(documents, 1100)  # the other sources are one document
+        documents = islice(ap.load_documents(source, split), 1100)  # C4 has more
         ids = ap.tokenize(tokenizer, " ".join(documents))
     count = len(ids) // seqlen
     if source == "c4":
@@ -53,7 +51,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="wikitext2", help="wikitext2, c4 or a text file")
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT windows")
-    parser.add_argument("--device", help="default: cuda, else cpu")
+    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
     dtype_help = "auto: float32 on a CPU or from a .gguf file, else the checkpoint's"
     parser.add_argument("--dtype", choices=ap.DTYPES, default="auto", help=dtype_help)
     args = parser.parse_args()

@@ -1556,6 +1556,7 @@ def test_a_run_that_ends_while_saving_keeps_its_blocks_and_resumes(
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").write_text("a file of the user")
     (tmp_path / "out.partial" / "block-notes.txt").write_text("another")
+    (tmp_path / "out.partial" / "unfinished-other").mkdir()  # another run may be saving here
     calls = spy_on(monkeypatch, "prune_block")  # its second argument is the index of the block
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", fail)
@@ -1575,7 +1576,7 @@ def test_a_run_that_ends_while_saving_keeps_its_blocks_and_resumes(
     assert [args[1] for args, _ in calls] == [1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
     left = sorted(path.name for path in (tmp_path / "out.partial").iterdir())
-    assert left == ["block-notes.txt", "mine.txt"]
+    assert left == ["block-notes.txt", "mine.txt", "unfinished-other"]
 
 
 @pytest.mark.parametrize("part", [hf.GenerationConfig, hf.PreTrainedTokenizerBase])
@@ -1680,8 +1681,12 @@ def test_what_the_command_line_decides(folder, tmp_path, monkeypatch, capsys, op
     (tmp_path / "out").mkdir()
     base += ["--nsamples", 2, "--save", tmp_path / "out", "--paper", "--device", "cpu", *options]
     assert run(monkeypatch, *base) is None
-    assert "--seqlen 2048 exceeds the positions of the model: using 64" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--seqlen 2048 exceeds the positions of the model: using 64" in printed
     saved = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    linears = [m for m in saved.model.layers.modules() if isinstance(m, nn.Linear)]
+    share = sum(m.weight.numel() for m in linears) / sum(p.numel() for p in saved.parameters())
+    assert f"these layers hold {share:.1%} of all parameters" in printed
     assert saved.dtype == getattr(torch, dtype)
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= written
