@@ -23,6 +23,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -99,7 +100,7 @@ def prune_weight(
             They have no effect if the mask is given.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
-    Raises: ValueError if weight, Gram matrix, mask and pattern do not fit, or are not finite;
+    Raises: ValueError if an argument is not valid or finite, or does not fit the others;
         torch.linalg.LinAlgError if a matrix to invert is singular, as can be with damping 0.
     """
     sparsity = resolve_sparsity(sparsity, pattern)
@@ -139,7 +140,7 @@ def prune_weight(
         R = inverse(A).mul_(rho)  # rho (A + rho I)^-1
         A.diagonal().sub_(rho)
         for _ in range(config.updates_per_rho):
-            # (W0 A + rho (Z - U)) (A + rho I)^-1 in the paper; W0 A is W0 (A + rho I) - rho W0.
+            # The paper's (W0 A + rho (Z - U)) (A + rho I)^-1, since W0 A = W0 (A + rho I) - rho W0.
             V = W0 + (Z - U - W0) @ R
             U += V  # U + V - Z in two halves, since Z is made from U + V
             del V, Z  # not needed to select the mask: 3.8 GB for LLaMA-2-70B
@@ -219,7 +220,7 @@ def select_mask(
         groups = scores.unflatten(1, (-1, pattern[1]))  # (out, in / M, M)
         largest = groups.topk(pattern[0]).indices
         scores = groups.scatter(2, largest, torch.inf).flatten(1)
-        del groups, largest  # 8 bytes for each entry if 2:4
+        del groups, largest  # 4 bytes for each entry, and 4 more if 2:4
     flat = scores.flatten()
     zeros = round(sparsity * len(flat))
     if zeros == 0:
@@ -268,6 +269,8 @@ def correct_weight(
         weight: W, (out_features, in_features), of the dtype of `gram` and `EtX`.
         gram: G = X^T X of the inputs X in the pruned model, (in_features, in_features).
         EtX: E^T X, (out_features, in_features).
+        strength: share of the regression of E on X that is added, from 0 to 1.
+        damping: of this regression; `ADMMConfig.damping` is another, for ADMM.
     """
     d = feature_norms(gram, floor=0.1)
     A = gram / d / d[:, None]  # divided by d for accuracy
@@ -325,7 +328,8 @@ def sparsegpt(
     W[:, never_active] = 0
     diagonal[never_active] = 1
     diagonal += 0.01 * diagonal.mean()
-    # A^-1 = upper^T upper. Since upper^-1 is triangular too, the inverse of A[j:, j:] is
+    # A^-1 = upper^T upper, so A = upper^-1 upper^-T. Since upper^-1 is upper triangular too,
+    # A[j:, j:] depends only on its lower right part, and the inverse of A[j:, j:] is
     # B = upper[j:, j:]^T upper[j:, j:]. Its row 0 is upper_jj upper[j, j:], so B_00 = upper_jj^2.
     # Optimal brain surgeon: removing w from column j costs w^2 / B_00 if the columns from j on
     # change by -(w / B_00) times row 0 of B, which is -(w / upper_jj) upper[j, j:].
@@ -355,8 +359,8 @@ class Settings:
     Method "magnitude" keeps the largest |W| of a layer, "wanda" the largest |W| ||x|| of each row,
     x being an input feature (Sun et al., ICLR 2024, equation 1). "admm" has Wanda's mask and
     updates the kept weights; with `PAPER`, it is ADMM1 of the paper. "admm-grad" is `prune_weight`;
-    if `config.correction` is above 0, `prune_model` calls `correct_weight` before it, except
-    where E is unknown, as for experts. "sparsegpt" is the function of that name.
+    if `config.correction` is above 0, `prune_model` calls `correct_weight` before it, except for
+    experts and the like (README, items 5 and 6). "sparsegpt" is the function of that name.
     """
 
     method: str = "admm-grad"
@@ -438,7 +442,7 @@ def prune_model(
     model: nn.Module, tokens: Tensor, settings: Settings = Settings(),
     device: torch.device | str | None = None, *, resume_dir: Path | None = None,
 ) -> list[PrunedLinear]:  # fmt: skip
-    """Prune every linear layer inside the decoder blocks of a causal LM, in place.
+    """Prune the linear layers inside the decoder blocks of a causal LM, in place.
 
     Each block is pruned for the inputs that it gets once the blocks before it are pruned. If
     weights are corrected, the hidden states of the dense model are computed as well. Embeddings and
@@ -453,7 +457,8 @@ def prune_model(
         resume_dir: folder for finished blocks. To resume after an interruption, load the dense
             model again and repeat the call.
 
-    Returns: what became of each linear layer.
+    Returns: what became of each pruned layer. One whose weight is never multiplied as a whole stays
+        dense, unless it is an expert that no token reaches.
     Raises: ValueError if the model or an argument does not fit (then nothing is pruned yet), or if
         a block fails. OSError if `resume_dir` cannot be created.
     """
@@ -462,7 +467,9 @@ def prune_model(
     device = select_device(device)
     results = []
     with BlockWalk(model, share_of_rank(tokens), device) as walk:
-        check_products(walk, settings.pattern)  # calls `walk.check`; `embed` needs its result
+        # `walk` runs the model one block at a time, for the sequences of this rank. The check runs
+        # it once, and so learns what `embed` has to know.
+        check_products(walk, settings.pattern)
         finished = FinishedBlocks(resume_dir, model, tokens, settings, device)
         # Hidden states before the current block, (sequences, batch of 1, seqlen, hidden).
         pruned_states = walk.embed()
@@ -508,9 +515,10 @@ def collect_groups(
 ) -> tuple[list[LinearGroup], str | None]:
     """Return the groups of block `index`, and the name of the layer to prune after them, if any.
 
-    The states are those of `prune_block`; `dense_states` advance. In each dense pass, the collector
-    notes which layer is multiplied last: `GroupCollector.keep_dense_input` says when that is left
-    for later. Raises a ValueError if it depends on the tokens.
+    The states are those of `prune_block`; `dense_states` advance. Each dense pass sets
+    `collector.last_layer` to the layer multiplied last, `down_proj` in a LLaMA, or to None if it is
+    to be pruned with the others. The pass of the pruned states stops before this layer. Raises a
+    ValueError if sequences differ in it.
     """
     block = walk.blocks[index]
     collector = GroupCollector(block, walk.seqlen)
@@ -587,11 +595,15 @@ def prune_group(group: LinearGroup, index: int, settings: Settings) -> list[Prun
 # `forget_inputs`; if there is a correction, a pass of the dense states with `keep_dense_input`; a
 # pass of the pruned states with `add_input`. Then `finish` returns the groups. Once these are
 # pruned, `collect_last_layer` returns the group of `last_layer`, if there is one. A weight in no
-# group stays dense.
+# group stays dense. In a LLaMA block, q, k and v are multiplied with the same x and form a group,
+# and so do gate_proj and up_proj; o_proj is a group by itself; down_proj is `last_layer`.
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder blocks: the module list in the decoder that has the most parameters."""
+    """Return the decoder blocks: the module list in the decoder that has the most parameters.
+
+    If the decoder has no module list, those of the whole model are searched.
+    """
     for part in (model.get_decoder(), model):
         lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
         if lists:
@@ -655,6 +667,7 @@ class InterceptProducts(TorchFunctionMode):
 
     def __init__(self, block: nn.Module, on_product):
         self.on_product = on_product
+        # By identity: `block.to` replaces the data of a parameter, but keeps the object.
         self.names = {id(stack): name for name, stack in find_stacks(block).items()}
         for name, layer in find_linears(block).items():
             self.names[id(layer.weight)] = name
@@ -760,9 +773,9 @@ class GroupCollector:
         self.previous = (None, 0, None) if is_expert else (x, x._version, group)
         self.received[name] += x.shape[:-1].numel()  # for `finish`
         waiting = self.dense_inputs[name]
-        x_dense = waiting.pop(0) if waiting else None  # even if unused, to stay in step with x
-        # k after q has nothing to add: q has added the same x to the group of both. But if x was
-        # added to another group, since this layer had its own already, its group needs x too.
+        x_dense = waiting.pop(0) if waiting else None  # even if unused
+        # Is x in the sums of this group already? Yes, if the previous layer is in the same group,
+        # as q is when k follows. No, if this layer got a group of its own by an earlier product.
         if is_shared and group is previous_group:
             return
         X = x.reshape(-1, x.shape[-1]).float()  # (tokens, in_features)
@@ -782,7 +795,8 @@ class GroupCollector:
         """
         weights = {name: weight}
         if name in self.experts:
-            # `weight` is (out, in), but may be stored as (in, out). If square, only strides tell.
+            # `weight` is (out, in), but the expert may be stored as (in, out). If it is square,
+            # shapes cannot tell which, but strides can.
             is_transposed = weight.stride() != self.experts[name].stride()
             weights = {
                 sibling: stored.mT if is_transposed else stored
@@ -843,7 +857,7 @@ def collect_last_layer(
             EtX += E[0].T @ X
     group = LinearGroup({last_layer: weight}, gram, token_count=len(pruned_states) * walk.seqlen)
     # Does the block add the output as it is? Then setting the weight to 0 lowers H by exactly the
-    # output. One sequence is enough: X, H, `fits` and `number` are still those of the last one.
+    # output. The last sequence, of which X, H, `fits`, `number` and `sequence` are left, is enough.
     is_added = False
     if fits:
         output = X @ weight.float().T  # (seqlen, out_features)
@@ -963,9 +977,10 @@ class BlockWalk:
         tolerance = self.tolerance
         experts = [weight for block in self.blocks for weight in find_experts(block).values()]
         if any(min(weight.shape) > 1 for weight in experts):  # (1, k) is a convolution's kernel
-            # Later tokens change the sizes of the experts' products, which a GPU then rounds in
-            # other ways. Over 32 blocks in 16 bits, this adds up to 0.13 (emulated on a CPU). A
-            # mixture in 16 bits that sees only one later token goes unnoticed with this tolerance.
+            # Later tokens change how many tokens each expert gets, and a GPU then rounds the
+            # products in other ways. Over 32 blocks in 16 bits, this adds up to a relative 0.13
+            # (emulated on a CPU), so 0.3 is allowed there. The price is that a mixture in 16 bits
+            # passes even if it is not causal, if each token sees only one token ahead.
             tolerance *= 30
         if difference > tolerance * logits[0][:, :half].norm():
             raise ValueError(f"{name} is not causal: its logits depend on later tokens")
@@ -1096,7 +1111,7 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
 
 # --------------------------------------------------------------------------- checks and errors
 
-# Exceptions caused by arguments, memory or files: they are told in one line without a traceback.
+# Exceptions that arguments, memory or files cause: the command line tells them in one line.
 EXPECTED_ERRORS = (ValueError, RuntimeError, OSError, SafetensorError)
 
 
@@ -1467,7 +1482,8 @@ def find_unpruned(model: nn.Module, results: list[PrunedLinear]) -> dict[str, fl
     total = sum(p.numel() for p in blocks.parameters())
     shares = Counter()
     for name, p in blocks.named_parameters():
-        is_pruned = name.removesuffix(".weight") in pruned or f"{name}.0" in pruned  # expert 0
+        # A linear layer is listed by its own name, and a stack by those of its experts.
+        is_pruned = name.removesuffix(".weight") in pruned or f"{name}.0" in pruned
         if p.ndim > 1 and not is_pruned:
             shares[without_indices(name)] += p.numel() / total
     return dict(shares)
@@ -1486,10 +1502,8 @@ def choose_output_folder(args: argparse.Namespace, settings: Settings) -> Path:
         method = f"{args.method}-paper" if args.paper else args.method
         folder = Path(f"{stem}-{method}-{format_amount(settings)}")
     folder = folder.resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; choose another --save")
-    if folder.is_mount() or folder == Path.cwd():  # not to be replaced by the final rename
-        raise ValueError(f"{folder} cannot be replaced; choose another --save")
+    if folder.exists():
+        raise ValueError(f"{folder} exists; choose another --save")
     if not folder.parent.is_dir() or not os.access(folder.parent, os.W_OK):
         raise ValueError(f"cannot create {folder}: its parent folder is missing or read-only")
     return folder
@@ -1534,33 +1548,34 @@ def prune_and_save(args: argparse.Namespace, settings: Settings) -> None:
     with suppress(OSError):  # the folder stays if the user keeps anything in it
         for path in partial.glob("block-[0-9][0-9][0-9][0-9]-????????????????.*"):
             path.unlink()
+        for path in partial.glob("unfinished-????????????????"):  # of runs killed while saving
+            shutil.rmtree(path)
         partial.rmdir()
     print(summarise(results))
     in_layers = sum(math.prod(result.shape) for result in results)
-    print(f"these layers hold {in_layers / model.num_parameters():.1%} of all parameters")
+    print(f"the pruned layers hold {in_layers / model.num_parameters():.1%} of all parameters")
     for name, share in unpruned.items():
         print(f"not pruned: {name}, {share:.1%} of the parameters in the blocks")
     print(f"pruned in {seconds:.1f} s")
     if device.type == "cuda":
         print(f"peak GPU memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
-    print(f"wrote {folder}; next: python eval_ppl.py --model {os.path.relpath(folder)}")
+    print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
 
 
 def save_model(model, tokenizer, report: dict, folder: Path, partial: Path) -> None:
-    """Save a model in a new folder: whole or not at all, even if the power fails.
-
-    A run that is killed meanwhile leaves a folder `unfinished-*` in `partial`.
-    """
+    """Save a model in a new folder: whole or not at all, even if the power fails."""
     text = json.dumps(report, indent=2, default=str)  # paths, devices and dtypes become strings
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=partial) as scratch:
-        unfinished = Path(scratch) / "model"
+    unfinished = partial / f"unfinished-{os.urandom(8).hex()}"  # no other run writes there
+    try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         (unfinished / "pruning_report.json").write_text(text, encoding="utf-8")
         for path in unfinished.rglob("*"):
             if path.is_file():
                 flush_to_disk(path)
-        unfinished.rename(folder)  # takes the place of an empty folder, never of another one
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # is gone already if it was renamed
 
 
 def demo(args: argparse.Namespace, settings: Settings) -> None:
@@ -1631,7 +1646,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @contextmanager
 def command_line(program: str, hint: str = ""):
-    """Turn what goes wrong inside into an exit with one sentence."""
+    """Turn what goes wrong inside into an exit with one sentence; hide transformers' bars."""
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
@@ -1658,10 +1673,10 @@ def join_ranks() -> None:
 def main() -> None:
     args = parse_arguments()
     hint = "" if args.demo else "; rerun the same command to resume"
-    # "high" allows TF32 on GPUs, which rounds factors to 11 significant bits. Inputs X of 16 bits
-    # fit, so X^T X loses nothing. Differences X_dense - X lose less, on average, than X lost when
-    # it was rounded to 16 bits. In the solver, TF32 raises the reconstruction error by 0.01 %
-    # (emulated on a CPU, 18 layers).
+    # "high" allows TF32 on GPUs, which rounds the factors of float32 products to 11 significant
+    # bits. Inputs X of a model in 16 bits have no more than these, so X^T X loses nothing. The
+    # error of X_dense - X is on average smaller than the one that X already has from its 16 bits.
+    # In the solver, TF32 raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
     torch.set_float32_matmul_precision("high")
     with command_line("admm_prune.py", hint):
         if dist.is_torchelastic_launched():

@@ -33,7 +33,7 @@ def evaluation_tokens(
     """
     split = "validation" if source == "c4" else "test"
     with ap.error_context(f"cannot read {source}", Exception):
-        documents = islice(ap.load_documents(source, split), 1100)  # C4 has more
+        documents = islice(ap.load_documents(source, split), 1100)  # other sources are one text
         ids = ap.tokenize(tokenizer, " ".join(documents))
     count = len(ids) // seqlen
     if source == "c4":

@@ -2,7 +2,6 @@
 against independent computations in float64, the traversal against the models' own forward passes.
 """
 
-import argparse
 import dataclasses
 import functools
 import importlib.util
@@ -1493,10 +1492,10 @@ def test_command_line_in_a_process_of_its_own(folder, tmp_path, kept, sparsity):
         (["--pattern", "3:5"], "in_features=32 is not divisible by M=5"),
         (["--calibration", "missing.txt"], "cannot calibrate with missing.txt"),
         (["--calibration", "short.txt"], "tokens, but seqlen is 64"),
-        (["--save", "full"], "full exists and is not an empty folder"),
-        (["--save", "finished"], "finished exists and is not an empty folder"),
-        (["--save", "."], "exists and is not an empty folder"),
-        (["--save", "calibration.txt"], "calibration.txt exists and is not an empty folder"),
+        (["--save", "full"], "full exists; choose another --save"),
+        (["--save", "finished"], "finished exists; choose another --save"),
+        (["--save", "."], "exists; choose another --save"),
+        (["--save", "calibration.txt"], "calibration.txt exists; choose another --save"),
         (["--save", "missing/out"], "missing/out: its parent folder is missing or read-only"),
         (["--save", "calibration.txt/out"], "calibration.txt/out: its parent folder is missing"),
         (["--device", "nonsense"], "device 'nonsense' is not available"),
@@ -1537,10 +1536,20 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # empty
-    with pytest.raises(ValueError, match="cannot be replaced; choose another --save"):
-        ap.choose_output_folder(argparse.Namespace(save=Path(".")), Settings())
+def test_runs_that_save_at_the_same_time_do_not_mix(tokenizer, tmp_path):
+    first = make_model()
+    second = make_model("opt")
+
+    class Slow:  # while this run saves its tokenizer, another run saves everything
+        def save_pretrained(self, folder):
+            ap.save_model(second, tokenizer, {}, tmp_path / "second", tmp_path)
+            tokenizer.save_pretrained(folder)
+
+    ap.save_model(first, Slow(), {}, tmp_path / "first", tmp_path)
+    for name, model in (("first", first), ("second", second)):
+        saved = hf.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert type(saved) is type(model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
@@ -1556,13 +1565,15 @@ def test_a_run_that_ends_while_saving_keeps_its_blocks_and_resumes(
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").write_text("a file of the user")
     (tmp_path / "out.partial" / "block-notes.txt").write_text("another")
-    (tmp_path / "out.partial" / "unfinished-other").mkdir()  # another run may be saving here
+    (tmp_path / "out.partial" / "unfinished-0123456789abcdef").mkdir()  # of a killed run
     calls = spy_on(monkeypatch, "prune_block")  # its second argument is the index of the block
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", fail)
         code = run(monkeypatch, *base)
         assert ("interrupted" if failure is KeyboardInterrupt else "no space left") in code
         assert "rerun the same command to resume" in code
+        [unfinished] = (tmp_path / "out.partial").glob("unfinished-*")
+        assert unfinished.name == "unfinished-0123456789abcdef"  # not one of this run
         [second] = (tmp_path / "out.partial").glob("block-0001-*.safetensors")
         for other in (["--sparsity", 0.4], ["--pattern", "2:4"], ["--seed", 5]):
             run(monkeypatch, *base, *other)
@@ -1576,7 +1587,7 @@ def test_a_run_that_ends_while_saving_keeps_its_blocks_and_resumes(
     assert [args[1] for args, _ in calls] == [1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
     left = sorted(path.name for path in (tmp_path / "out.partial").iterdir())
-    assert left == ["block-notes.txt", "mine.txt", "unfinished-other"]
+    assert left == ["block-notes.txt", "mine.txt"]
 
 
 @pytest.mark.parametrize("part", [hf.GenerationConfig, hf.PreTrainedTokenizerBase])
@@ -1676,17 +1687,18 @@ def test_fewer_sequences_than_processes(folder, tmp_path):
 
 @pytest.mark.parametrize("options, dtype", [([], "float32"), (["--dtype", "bfloat16"], "bfloat16")])
 def test_what_the_command_line_decides(folder, tmp_path, monkeypatch, capsys, options, dtype):
-    """The length of a sequence, the dtype on a CPU, the config; an empty folder is taken."""
+    """The length of a sequence, the dtype on a CPU, and the config."""
     base = ["--model", folder / "tiny", "--calibration", folder / "calibration.txt"]
-    (tmp_path / "out").mkdir()
     base += ["--nsamples", 2, "--save", tmp_path / "out", "--paper", "--device", "cpu", *options]
+    torch.set_float32_matmul_precision("highest")
     assert run(monkeypatch, *base) is None
+    assert torch.get_float32_matmul_precision() == "high"
     printed = capsys.readouterr().out
     assert "--seqlen 2048 exceeds the positions of the model: using 64" in printed
     saved = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     linears = [m for m in saved.model.layers.modules() if isinstance(m, nn.Linear)]
     share = sum(m.weight.numel() for m in linears) / sum(p.numel() for p in saved.parameters())
-    assert f"these layers hold {share:.1%} of all parameters" in printed
+    assert f"the pruned layers hold {share:.1%} of all parameters" in printed
     assert saved.dtype == getattr(torch, dtype)
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= written
@@ -1735,7 +1747,9 @@ def test_perplexity_command_line(folder, monkeypatch):
             eval_ppl.main()
         return stop.value.code
 
+    torch.set_float32_matmul_precision("highest")
     assert "cannot read missing.txt" in evaluate("missing.txt")
+    assert torch.get_float32_matmul_precision() == "highest"
     assert evaluate(folder / "test.txt", "--limit", 0) == 2
     assert evaluate(folder / "test.txt", "--seqlen", 1) == 2
 
