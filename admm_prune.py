@@ -856,21 +856,29 @@ def collect_last_layer(
             E = dense_states[number].to(H.device).float() - H.float()
             EtX += E[0].T @ X
     group = LinearGroup({last_layer: weight}, gram, token_count=len(pruned_states) * walk.seqlen)
-    # Does the block add the output as it is? Then setting the weight to 0 lowers H by exactly the
-    # output. The last sequence, of which X, H, `fits`, `number` and `sequence` are left, is enough.
-    is_added = False
-    if fits:
-        output = X @ weight.float().T  # (seqlen, out_features)
-        values = weight.clone()
-        weight.zero_()
-        H_without = walk.run_block(index, sequence, pruned_states[number]).float()
-        weight.copy_(values)
-        atol = walk.tolerance * float(output.abs().max())
-        is_added = torch.allclose(H_without + output, H.float(), rtol=walk.tolerance, atol=atol)
+    # `fits`, X and H are now those of the last sequence, which is enough to see this.
+    is_added = fits and adds_last_output(walk, index, pruned_states, weight, X, H)
     if all(gather_from_ranks(is_added)):
         group.EtX = EtX
     sum_over_ranks([group])
     return group
+
+
+def adds_last_output(
+    walk: "BlockWalk", index: int, pruned_states: Tensor, weight: Tensor, X: Tensor, H: Tensor
+) -> bool:
+    """Return whether block `index` adds the output of its last layer to the hidden states as it is.
+
+    Setting the weight of that layer to 0 then lowers H by exactly the output. X are the inputs of
+    the layer and H the hidden states after the block, both for the last sequence.
+    """
+    output = X @ weight.float().T  # (seqlen, out_features)
+    values = weight.clone()
+    weight.zero_()
+    H_without = walk.run_block(index, walk.sequences[-1], pruned_states[-1]).float()
+    weight.copy_(values)
+    atol = walk.tolerance * float(output.abs().max())
+    return torch.allclose(H_without + output, H.float(), rtol=walk.tolerance, atol=atol)
 
 
 # ------------------------------------------------------------------------ walk over the blocks
