@@ -96,8 +96,9 @@ def prune_weight(
         pattern: (N, M) keeps N of every M consecutive entries of a row; it overrides `sparsity`.
         mask: (out_features, in_features) bool, True where an entry is kept. It overrides both; only
             the kept values are then optimised.
-        sections: out_features of each stacked weight. Each then reaches the sparsity by itself.
-            They have no effect if the mask is given.
+        sections: out_features of each stacked weight, in order. Each weight then reaches the
+            sparsity by itself. They have no effect if the mask is given.
+        config: hyperparameters of ADMM.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
     Raises: ValueError if an argument is not valid or finite, or does not fit the others;
@@ -220,7 +221,7 @@ def select_mask(
         groups = scores.unflatten(1, (-1, pattern[1]))  # (out, in / M, M)
         largest = groups.topk(pattern[0]).indices
         scores = groups.scatter(2, largest, torch.inf).flatten(1)
-        del groups, largest  # 4 bytes for each entry, and 4 more if 2:4
+        del groups, largest  # frees 4 bytes for each entry, and 4 more with 2:4
     flat = scores.flatten()
     zeros = round(sparsity * len(flat))
     if zeros == 0:
@@ -328,8 +329,8 @@ def sparsegpt(
     W[:, never_active] = 0
     diagonal[never_active] = 1
     diagonal += 0.01 * diagonal.mean()
-    # A^-1 = upper^T upper, so A = upper^-1 upper^-T. Since upper^-1 is upper triangular too,
-    # A[j:, j:] depends only on its lower right part, and the inverse of A[j:, j:] is
+    # A^-1 = upper^T upper, so A = M M^T with M = upper^-1, which is upper triangular too. Hence
+    # A[j:, j:] = M[j:, j:] M[j:, j:]^T, and the inverse of A[j:, j:] is
     # B = upper[j:, j:]^T upper[j:, j:]. Its row 0 is upper_jj upper[j, j:], so B_00 = upper_jj^2.
     # Optimal brain surgeon: removing w from column j costs w^2 / B_00 if the columns from j on
     # change by -(w / B_00) times row 0 of B, which is -(w / upper_jj) upper[j, j:].
@@ -411,7 +412,7 @@ def prune_with(
 # --------------------------------------------------------------------------- pruning a model
 
 
-@dataclass(eq=False)  # compared by identity: `GroupCollector.finish` removes duplicates
+@dataclass(eq=False)  # hashable by identity, as `GroupCollector.finish` needs
 class LinearGroup:
     """Linear layers that share their input X, as q, k and v do, and sums over that input.
 
@@ -467,8 +468,9 @@ def prune_model(
     device = select_device(device)
     results = []
     with BlockWalk(model, share_of_rank(tokens), device) as walk:
-        # `walk` runs the model one block at a time, for the sequences of this rank. The check runs
-        # it once, and so learns what `embed` has to know.
+        # `walk` runs the model one block at a time, for the sequences of this rank.
+        # `check_products` tries this with short sequences. It comes first, since it also learns the
+        # dtype of the hidden states, which `embed` needs.
         check_products(walk, settings.pattern)
         finished = FinishedBlocks(resume_dir, model, tokens, settings, device)
         # Hidden states before the current block, (sequences, batch of 1, seqlen, hidden).
@@ -517,8 +519,8 @@ def collect_groups(
 
     The states are those of `prune_block`; `dense_states` advance. Each dense pass sets
     `collector.last_layer` to the layer multiplied last, `down_proj` in a LLaMA, or to None if it is
-    to be pruned with the others. The pass of the pruned states stops before this layer. Raises a
-    ValueError if sequences differ in it.
+    to be pruned with the others. `collector.add_input` ends the pass of the pruned states before
+    this layer. Raises a ValueError if sequences differ in it.
     """
     block = walk.blocks[index]
     collector = GroupCollector(block, walk.seqlen)
@@ -634,9 +636,9 @@ def find_stacks(block: nn.Module) -> dict[str, nn.Parameter]:
 def find_experts(block: nn.Module) -> dict[str, Tensor]:
     """Return the weights of experts by name: linear layers in a module list, parts of a stack.
 
-    Every module list inside a block is taken for a list of experts. If it is none, its layers are
-    still pruned, but one by one and without a correction. If one expert is multiplied, all that
-    have the same name but for the index are pruned: those never multiplied, by magnitude.
+    Every module list inside a block is taken for a list of experts. Layers in it that are no
+    experts are still pruned, but one by one and without a correction. Once an expert is multiplied,
+    all that have the same name but for the index are pruned: those never multiplied, by magnitude.
     """
     lists = [name for name, m in block.named_modules() if isinstance(m, nn.ModuleList)]
     prefixes = tuple(f"{name}." for name in lists)
@@ -684,8 +686,8 @@ class InterceptProducts(TorchFunctionMode):
             if function is F.linear:
                 self.intercept(left, right)
             elif right.ndim > 1:
-                self.intercept(left, right.mT)  # x @ weight.T
-                self.intercept(right.mT, left)  # weight @ x.T
+                self.intercept(left, right.mT)  # if right is weight.T
+                self.intercept(right.mT, left)  # if left is the weight, and right is x.T
         return function(*args, **kwargs)
 
     def intercept(self, x: Tensor, weight: Tensor) -> None:
@@ -740,8 +742,8 @@ class GroupCollector:
 
         The input of an expert has none: in the pruned model, other tokens may be routed to it.
         Each product overwrites `last_layer`, which after the pass names the layer multiplied last.
-        It is None if the input of that layer is not kept, if another of its inputs was kept before
-        in this pass, or if it is a gate.
+        It is None if that layer is to be pruned with the others: if its input is not kept, if one
+        was kept before in this pass, since the layer is multiplied twice, or if it is a gate.
         """
         self.last_layer = None
         has_all_tokens = x.shape[:-1].numel() == self.seqlen
@@ -772,10 +774,12 @@ class GroupCollector:
         group = self.groups[name]
         self.previous = (None, 0, None) if is_expert else (x, x._version, group)
         self.received[name] += x.shape[:-1].numel()  # for `finish`
+        # Taken off the list even if it is not used, so that a later input finds its own.
         waiting = self.dense_inputs[name]
-        x_dense = waiting.pop(0) if waiting else None  # even if unused
-        # Is x in the sums of this group already? Yes, if the previous layer is in the same group,
-        # as q is when k follows. No, if this layer got a group of its own by an earlier product.
+        x_dense = waiting.pop(0) if waiting else None
+        # If the previous layer has the same input and the same group, as q has when k follows, it
+        # has added x already. If it has another group, x is still to be added: this layer got a
+        # group of its own when it was multiplied with another input.
         if is_shared and group is previous_group:
             return
         X = x.reshape(-1, x.shape[-1]).float()  # (tokens, in_features)
@@ -915,7 +919,7 @@ class BlockWalk:
         self.tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
         # The next two are unknown until `check` has run the blocks. While a block that returns a
         # tuple is bypassed, Nones stand for its further outputs.
-        self.extra_outputs = {}  # index of such a block -> [None, ...]
+        self.extra_outputs = {}  # index of a block that returns a tuple -> [None, ...]
         self.states_dtype = None  # of the hidden states that blocks return
 
     def __enter__(self):
@@ -976,7 +980,7 @@ class BlockWalk:
                             raise ValueError(f"block {index} returns NaN or infinite values")
             for i, ids in enumerate(pair):
                 difference = (self.run_head(ids, states[i]) - logits[i]).norm()
-                # 1e-4 in 16 bits too: both runs compute the same products. `not <=` holds for NaN.
+                # 1e-4 in 16 bits too: both runs compute the same products. `not` catches NaN too.
                 if not difference <= 1e-4 * logits[i].norm():
                     relative = difference / logits[i].norm()
                     raise ValueError(f"its logits then differ by a relative {relative:.2g}")
@@ -984,11 +988,13 @@ class BlockWalk:
         difference = (logits[1] - logits[0])[:, :half].norm()
         tolerance = self.tolerance
         experts = [weight for block in self.blocks for weight in find_experts(block).values()]
-        if any(min(weight.shape) > 1 for weight in experts):  # (1, k) is a convolution's kernel
+        # `find_experts` also lists kernels of convolutions, which have the shape (1, k).
+        if any(min(weight.shape) > 1 for weight in experts):
             # Later tokens change how many tokens each expert gets, and a GPU then rounds the
             # products in other ways. Over 32 blocks in 16 bits, this adds up to a relative 0.13
-            # (emulated on a CPU), so 0.3 is allowed there. The price is that a mixture in 16 bits
-            # passes even if it is not causal, if each token sees only one token ahead.
+            # (emulated on a CPU), so 30 times the tolerance, 0.3, is allowed there. The price: if
+            # each token sees only one token ahead, only one in the first half has other logits, and
+            # in a mixture in 16 bits that is too little to be noticed.
             tolerance *= 30
         if difference > tolerance * logits[0][:, :half].norm():
             raise ValueError(f"{name} is not causal: its logits depend on later tokens")
@@ -1119,7 +1125,7 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
 
 # --------------------------------------------------------------------------- checks and errors
 
-# Exceptions that arguments, memory or files cause: the command line tells them in one line.
+# Exceptions that arguments, memory or files cause: the command line prints one line for each.
 EXPECTED_ERRORS = (ValueError, RuntimeError, OSError, SafetensorError)
 
 
@@ -1150,7 +1156,7 @@ def check_model(model: nn.Module, pattern: tuple[int, int] | None) -> None:
     blocks = find_blocks(model)
     names = [name for name, _ in blocks.named_parameters(remove_duplicate=False)]
     if len(names) > len(list(blocks.parameters())):  # a shared one has two names
-        raise ValueError("blocks share parameters, but each block is pruned for its own inputs")
+        raise ValueError("layers share parameters, but each layer is pruned for its own inputs")
     if any("lora_" in name for name in names):
         raise ValueError("the model has LoRA adapters: merge them into its weights first")
     in_features = {
@@ -1208,7 +1214,7 @@ def count_positions(model: nn.Module) -> float:
     for name, module in model.named_modules():
         padding_index = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding_index is not None:
-            limit -= padding_index + 1  # RoBERTa numbers positions from there
+            limit -= padding_index + 1  # where RoBERTa's positions begin
     return limit
 
 
@@ -1336,7 +1342,7 @@ def get_fingerprint(
     sha.update(repr((settings, device.type, versions, config)).encode())
     samples = [p.detach().flatten()[:: 1009 if p.ndim > 1 else 1] for p in tensors_of(model)]
     for tensor in (tokens, *samples):
-        sha.update(str(tensor.dtype).encode())
+        sha.update(repr((tensor.dtype, tensor.shape)).encode())
         sha.update(tensor.cpu().double().numpy().tobytes())
     return sha.hexdigest()[:16]
 
@@ -1682,9 +1688,10 @@ def main() -> None:
     args = parse_arguments()
     hint = "" if args.demo else "; rerun the same command to resume"
     # "high" allows TF32 on GPUs, which rounds the factors of float32 products to 11 significant
-    # bits. Inputs X of a model in 16 bits have no more than these, so X^T X loses nothing. The
-    # error of X_dense - X is on average smaller than the one that X already has from its 16 bits.
-    # In the solver, TF32 raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
+    # bits. Inputs X of a model in 16 bits have no more than these, so X^T X loses nothing; those of
+    # a float32 model, such as a .gguf file, are rounded. Rounding X_dense - X costs less, on
+    # average, than X has lost already by its 16 bits. In the solver, TF32 raises the reconstruction
+    # error by 0.01 % (emulated on a CPU, 18 layers).
     torch.set_float32_matmul_precision("high")
     with command_line("admm_prune.py", hint):
         if dist.is_torchelastic_launched():

@@ -1094,6 +1094,7 @@ def test_the_fingerprint_knows_what_decides_the_result(monkeypatch):
         "dtype": mark(change_dtype),
         "matrix": mark(change_matrix),
         "tokens": mark(tokens=make_tokens(seed=5)),
+        "seqlen": mark(tokens=make_tokens().reshape(10, -1)),
         "sparsity": mark(sparsity=0.6),
         "method": mark(method="admm"),
         "2:4": mark(pattern=(2, 4)),
@@ -1110,7 +1111,7 @@ def test_the_fingerprint_knows_what_decides_the_result(monkeypatch):
         marks["admm_prune.py"] = mark()
     assert mark() == plain and mark(device="cuda:1") == mark(device="cuda:0")
     assert plain not in marks.values(), marks
-    assert len(set(marks.values())) == len(marks) == 14, marks
+    assert len(set(marks.values())) == len(marks) == 15, marks
 
 
 def test_models_that_cannot_be_pruned():
