@@ -1,4 +1,4 @@
-"""Perplexity of a causal LM on WikiText-2, C4 or a text file, one decoder block at a time.
+"""Perplexity of a causal language model on WikiText-2, C4 or a text file.
 
     python eval_ppl.py --model facebook/opt-6.7b
     python eval_ppl.py --model opt-6.7b-admm-grad-0.5 --dataset c4
@@ -6,17 +6,226 @@
 The protocol is that of the published tables (GPTQ, SparseGPT, Wanda): join the rows of WikiText-2's
 test split by blank lines, tokenise them once, cut windows of `seqlen` tokens that do not overlap,
 drop the last, incomplete window, and take exp of the mean negative log-likelihood. Only the first
-window begins with a BOS token, if the tokenizer adds one. The model may be larger than the memory
-of the GPU.
+window begins with a BOS token, if the tokenizer adds one.
+
+This file knows nothing of pruning. `admm_prune.py` imports its texts, loading and devices.
 """
 
 import argparse
-import time
-from itertools import islice
+import sys
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
 
-from torch import Tensor
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import admm_prune as ap
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | None = None) -> float:
+    """Return exp of the mean negative log-likelihood of all tokens but the first of each window.
+
+    Args:
+        model: a Hugging Face decoder-only model on the host; it is set to evaluation mode.
+        tokens: (windows, seqlen) int64.
+        device: where to compute. Default: CUDA if there is a GPU, else the CPU.
+
+    Raises: ValueError if the model has fewer positions than `seqlen`.
+    """
+    check_seqlen(model.config, tokens.shape[1])
+    device = select_device(device)
+    model.eval()
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    windows_at_once = max(1, 2**29 // (vocabulary * tokens.shape[1]))  # 1 GiB of logits in 16 bits
+    losses = []
+    with on_device(model, device):
+        for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
+            logits = model(windows, use_cache=False).logits  # (windows, seqlen, vocabulary)
+            for window, window_logits in zip(windows, logits, strict=True):
+                losses.append(F.cross_entropy(window_logits[:-1].float(), window[1:]))
+    return float(torch.stack(losses).double().mean().exp())
+
+
+# --------------------------------------------------------------------------- models and devices
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList:
+    """Return the decoder blocks: the module list in the decoder that has the most parameters.
+
+    If the decoder has no module list, those of the whole model are searched.
+    """
+    for part in (model.get_decoder(), model):
+        lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+        if lists:
+            return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+    raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Return all parameters and buffers."""
+    return list(chain(module.parameters(), module.buffers()))
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device):
+    """Let a model that lies on the host compute on the device, until the context ends.
+
+    The whole model moves there if it leaves 8 GiB of GPU memory for the activations. If it does
+    not, each block moves there before its forward, and its tensors on the host, which have not
+    changed, take their place again afterwards.
+    """
+    size = sum(tensor.nbytes for tensor in tensors_of(model))
+    visitors = find_blocks(model)
+    if device.type == "cuda" and size + 2**33 < torch.cuda.mem_get_info(device)[0]:
+        visitors = []
+    inside_visitors = {id(tensor) for block in visitors for tensor in tensors_of(block)}
+    on_host = {}  # tensor that has moved to the device -> its data on the host
+
+    def move(tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            on_host[tensor] = tensor.data
+            tensor.data = tensor.data.to(device)
+
+    def put_back(tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.data = on_host.pop(tensor)
+
+    hooks = []
+    for block in visitors:
+        hooks.append(block.register_forward_pre_hook(lambda block, _: move(tensors_of(block))))
+        hooks.append(block.register_forward_hook(lambda block, *_: put_back(tensors_of(block))))
+    try:
+        move([tensor for tensor in tensors_of(model) if id(tensor) not in inside_visitors])
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        put_back(list(on_host))
+
+
+def select_device(name: torch.device | str | None = None) -> torch.device:
+    """Return the device, by default CUDA if there is a GPU, else the CPU; ValueError if it fails.
+
+    A CUDA device is made the current one, since kernels written in Triton run on that one.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except Exception as error:  # each backend has its own
+        raise ValueError(f"device {str(name)!r} is not available") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def check_seqlen(config, seqlen: int) -> None:
+    """Raise a ValueError if a sequence is longer than the positions that the model has."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and seqlen > positions:
+        raise ValueError(f"seqlen is {seqlen}, but the model has only {positions} positions")
+
+
+def locate(name: str) -> dict:
+    """Return the arguments of `from_pretrained` for a hub id, a folder or a .gguf file."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": name}
+
+
+def load_config_and_tokenizer(name: str):
+    """Return what is known of a model before its weights are loaded."""
+    config = AutoConfig.from_pretrained(**locate(name))
+    if config.is_encoder_decoder:  # otherwise the decoder of BART is loaded alone
+        raise ValueError(f"{name} is an encoder-decoder model; only decoder-only ones will do")
+    return config, AutoTokenizer.from_pretrained(**locate(name))
+
+
+def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
+    """Return the causal LM on the host.
+
+    The dtype is one of DTYPES: "auto" is the checkpoint's, but float32 for a .gguf file, or if
+    `device` is a CPU, where 16 bits may be a hundred times slower.
+    """
+    where = locate(name)
+    is_gguf = "gguf_file" in where
+    if dtype == "auto" and (is_gguf or device.type == "cpu"):
+        dtype = "float32"
+    if is_gguf:
+        where["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model, loading_info = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=dtype, output_loading_info=True
+    )
+    missing = sorted(loading_info["missing_keys"])
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
+    if is_gguf:  # the weights are no longer quantised, and can be saved
+        model.config.quantization_config = None
+        model.hf_quantizer = None
+    return model
+
+
+# ---------------------------------------------------------------------------------------- texts
+
+
+def load_documents(source: str, split: str, seed: int = 0):
+    """Return the texts of "c4" (streamed; its train split shuffled), "wikitext2" or a text file.
+
+    WikiText-2 is one text, its rows joined by blank lines, as in GPTQ, SparseGPT and Wanda.
+    """
+    if source not in ("c4", "wikitext2"):
+        return [Path(source).read_text(encoding="utf-8")]
+    import datasets  # here, so that whoever imports the solver does not need it
+
+    if source == "wikitext2":
+        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+        return ["\n\n".join(rows["text"])]
+    stream = datasets.load_dataset("allenai/c4", "en", split=split, streaming=True)
+    if split == "train":
+        stream = stream.shuffle(seed=seed, buffer_size=1000)
+    return (document["text"] for document in stream)
+
+
+def tokenize(tokenizer, text: str) -> Tensor:
+    """Return the token ids of a text, (length,) int64, with the tokenizer's special tokens."""
+    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+
+
+def calibration_tokens(
+    source: str, tokenizer, nsamples: int = 128, seqlen: int = 2048, seed: int = 0
+) -> Tensor:
+    """Return calibration tokens, (nsamples, seqlen) int64; the same seed gives the same tokens.
+
+    For "c4", they are a random crop of each of the first `nsamples` shuffled documents longer than
+    `seqlen`, as in the paper; for "wikitext2" (the train split) or a text file, random windows.
+
+    Raises: ValueError if there is too little text; OSError if it cannot be read.
+    """
+    texts = load_documents(source, "train", seed)
+    if source == "c4":
+        tokenized = (tokenize(tokenizer, text) for text in islice(texts, 1000 * nsamples))
+        long_enough = (ids for ids in tokenized if len(ids) > seqlen)
+        crops_of = list(islice(long_enough, nsamples))
+    else:
+        ids = tokenize(tokenizer, texts[0])
+        crops_of = [ids] * nsamples if len(ids) >= seqlen else []
+    if len(crops_of) < nsamples:
+        raise ValueError(
+            f"{source} has too little text for {nsamples} sequences of {seqlen} tokens"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for ids in crops_of:
+        start = int(torch.randint(len(ids) - seqlen + 1, (), generator=generator))
+        samples.append(ids[start : start + seqlen])
+    return torch.stack(samples)
 
 
 def evaluation_tokens(
@@ -29,20 +238,28 @@ def evaluation_tokens(
             documents, as in SparseGPT) or the path of a text file.
         limit: use only the first `limit` windows.
 
-    Raises: ValueError if the text cannot be read or has fewer than `seqlen` tokens.
+    Raises: ValueError if there are fewer than `seqlen` tokens; OSError if they cannot be read.
     """
     split = "validation" if source == "c4" else "test"
-    with ap.error_context(f"cannot read {source}", Exception):
-        documents = islice(ap.load_documents(source, split), 1100)  # other sources are one text
-        ids = ap.tokenize(tokenizer, " ".join(documents))
-    count = len(ids) // seqlen
-    if source == "c4":
-        count = min(count, 256)
-    if limit is not None:
-        count = min(count, limit)
-    if count == 0:
+    documents = islice(load_documents(source, split), 1100)  # other sources are one text
+    ids = tokenize(tokenizer, " ".join(documents))
+    windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+    if len(windows) == 0:
         raise ValueError(f"{source} has {len(ids)} tokens, but one window needs {seqlen}")
-    return ids[: count * seqlen].view(count, seqlen)
+    return windows[: 256 if source == "c4" else None][:limit]
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+@contextmanager
+def one_line_errors(program: str):
+    """Exit with one line for what arguments, files or memory cause; let other errors through."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"{program}: {str(error).strip().splitlines()[0]}")
 
 
 def main() -> None:
@@ -53,22 +270,18 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="use only the first LIMIT windows")
     parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
     dtype_help = "auto: float32 on a CPU or from a .gguf file, else the checkpoint's"
-    parser.add_argument("--dtype", choices=ap.DTYPES, default="auto", help=dtype_help)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=dtype_help)
     args = parser.parse_args()
     if args.seqlen < 2 or (args.limit is not None and args.limit < 1):
         parser.error("--seqlen must be at least 2 and --limit at least 1")
-    began = time.perf_counter()
-    with ap.command_line("eval_ppl.py"):
-        device = ap.select_device(args.device)
-        skeleton, tokenizer = ap.load_skeleton(args.model)
-        seqlen = ap.limit_seqlen(args.seqlen, skeleton)
-        windows = evaluation_tokens(args.dataset, tokenizer, seqlen, args.limit)
-        model = ap.load_model(args.model, args.dtype, device)
-        result = ap.perplexity(model, windows, device)
-    print(
-        f"perplexity {result:.3f} on {args.dataset}: {len(windows)} windows of {seqlen}, "
-        f"{windows.numel()} tokens, {time.perf_counter() - began:.0f} s"
-    )
+    with one_line_errors("eval_ppl.py"):
+        device = select_device(args.device)
+        config, tokenizer = load_config_and_tokenizer(args.model)
+        check_seqlen(config, args.seqlen)
+        windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit)
+        model = load_model(args.model, args.dtype, device)
+        result = perplexity(model, windows, device)
+    print(f"perplexity {result:.3f} on {args.dataset}: {len(windows)} windows of {args.seqlen}")
 
 
 if __name__ == "__main__":
