@@ -4,9 +4,8 @@
 
 The protocol is that of the published tables (GPTQ, SparseGPT, Wanda): join the rows of WikiText-2's
 test split by blank lines, tokenise them once, cut windows of `seqlen` tokens that do not overlap,
-drop the last, incomplete window, and take exp of the mean negative log-likelihood.
-
-This file knows nothing of pruning. `admm_prune.py` imports its texts, loading and devices.
+drop the last, incomplete window, and take exp of the mean negative log-likelihood. This file knows
+nothing of pruning; `admm_prune.py` imports its texts, loading and devices.
 """
 
 import argparse
@@ -115,12 +114,13 @@ def locate(name: str) -> dict:
     return {"pretrained_model_name_or_path": name}
 
 
-def load_config_and_tokenizer(name: str):
-    """Return what is known of a model before its weights are loaded."""
+def load_tokenizer(name: str, seqlen: int):
+    """Return the tokenizer of a model; raise a ValueError if the model cannot be used."""
     config = AutoConfig.from_pretrained(**locate(name))
     if config.is_encoder_decoder:  # otherwise the decoder of BART is loaded alone
         raise ValueError(f"{name} is an encoder-decoder model; only decoder-only ones will do")
-    return config, AutoTokenizer.from_pretrained(**locate(name))
+    check_seqlen(config, seqlen)
+    return AutoTokenizer.from_pretrained(**locate(name))
 
 
 def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
@@ -229,8 +229,7 @@ def main() -> None:
         parser.error("--seqlen must be at least 2")
     device = select_device(args.device)
     with one_line_errors("eval_ppl.py"):
-        config, tokenizer = load_config_and_tokenizer(args.model)
-        check_seqlen(config, args.seqlen)
+        tokenizer = load_tokenizer(args.model, args.seqlen)
         windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit)
         model = load_model(args.model, args.dtype, device)
         result = perplexity(model, windows, device)
