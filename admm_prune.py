@@ -57,7 +57,7 @@ class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are ours; `PAPER` holds those of the paper."""
 
     damping: float = 0.1  # damping * I is added to the scaled Gram matrix, which may be singular
-    rho: float = 0.6  # penalty
+    rho: float = 0.7  # penalty
     steps: int = 17  # in the first, V is still W0
     full_sparsity_step: int = 4  # the mask reaches the full sparsity in this step
     last_mask_step: int = 12  # the mask is frozen after this step
@@ -442,7 +442,7 @@ def collect_groups(
             with InputRecorder(call.block) as dense:
                 call.advance(dense_states[number : number + 1])
             name = list(dense.inputs)[-1]
-            if not is_expert(name):
+            if not is_expert(name) and states.ndim == 3:  # DeepSeek-V4 has several streams
                 last_layer = name
         with InputRecorder(call.block) as pruned:
             call.run(states)
