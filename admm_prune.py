@@ -488,7 +488,7 @@ def collect_last_layer(
     weight.zero_()
     H_without = call.run(states)
     weight.copy_(dense_weight)
-    if relative_difference(H.float() - H_without.float(), output[None]) < 0.3:
+    if relative_difference(H.float() - H_without.float(), output[None]) < 0.1:
         group.EtX = EtX
     return group
 
