@@ -111,12 +111,10 @@ def prune_weight(
         s = inverse(A).diagonal().rsqrt()  # (in,)
         d = d * s
         A = A / s / s[:, None]
-        # The mean diagonal is set to 1 + damping, as it was, since rho is relative to it. The costs
-        # keep their order.
+        # The mean diagonal is set to 1 + damping, as it was, since rho is relative to it.
         A *= (1 + config.damping) / A.diagonal().mean()
     W0 = weight.float() * d  # (out, in)
-    A.diagonal().add_(config.rho)
-    R = config.rho * inverse(A)  # rho (A + rho I)^-1
+    R = config.rho * inverse(A + config.rho * torch.eye(len(A), device=A.device))  # (in, in)
 
     # ADMM has two copies of W0: V, which reconstructs the outputs, and Z, which has the zeros. U
     # adds up V - Z over the steps.
@@ -192,7 +190,7 @@ def select_mask(
 def correct_weight(
     weight: Tensor, gram: Tensor, EtX: Tensor, strength: float = 0.5, damping: float = 1.0
 ) -> Tensor:
-    """Return the weight to aim at if the output X W^T is to gain a part of E, (tokens, out).
+    """Return W moved so that its output X W^T gains a part of E, a matrix (tokens, out_features).
 
     It is W + strength * E^T X (G + damping * D)^-1, where D is the diagonal matrix of the squared
     feature norms, each norm being raised to at least a tenth of their mean: the weights of a
@@ -230,11 +228,12 @@ def measure_error(
     Args: `weight` and `pruned` (out_features, in_features), `gram` (in_features, in_features).
     """
     gram = gram.float()
+    kept = pruned != 0
 
     def error_and_gradient_norm(delta: Tensor) -> Tensor:
         delta_G = delta @ gram
         gradient = (delta_G + damping * delta * gram.diagonal()) / feature_norms(gram)
-        return torch.stack([(delta_G * delta).sum(), gradient[pruned != 0].norm()])
+        return torch.stack([(delta_G * delta).sum(), gradient[kept].norm()])
 
     at_pruned = error_and_gradient_norm(weight.float() - pruned.float())
     at_zero = error_and_gradient_norm(weight.float())
@@ -263,11 +262,10 @@ def sparsegpt(
     W[:, never_active] = 0
     diagonal[never_active] = 1
     diagonal += 0.01 * diagonal.mean()
-    # A^-1 = upper^T upper, so A = M M^T with M = upper^-1, which is upper triangular too. Hence
-    # A[j:, j:] = M[j:, j:] M[j:, j:]^T, and the inverse of A[j:, j:] is
-    # B = upper[j:, j:]^T upper[j:, j:]. Its row 0 is upper_jj upper[j, j:], so B_00 = upper_jj^2.
-    # Optimal brain surgeon: removing w from column j costs w^2 / B_00 if the columns from j on
-    # change by -(w / B_00) times row 0 of B, which is -(w / upper_jj) upper[j, j:].
+    # A^-1 = upper^T upper, with upper triangular. Hence B, the inverse of A[j:, j:], is
+    # upper[j:, j:]^T upper[j:, j:], and its row 0 is upper_jj upper[j, j:]. Removing w from column
+    # j costs w^2 / B_00 = (w / upper_jj)^2 if the columns from j on change by -(w / B_00) times
+    # that row, which is -(w / upper_jj) upper[j, j:] (optimal brain surgeon).
     upper = torch.linalg.cholesky(inverse(A), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, len(A), width):
@@ -383,13 +381,13 @@ def prune_model(
     device = select_device(device)
     model.eval()
     model.set_experts_implementation("eager")  # fused kernels would hide the products
-    calls, states = record_calls(model, tokens[:1], device)
+    calls, example = record_calls(model, tokens[:1], device)
     fingerprint = get_fingerprint(model, tokens, settings)
     # Hidden states before the current block, (sequences, batch of 1, seqlen, hidden), on the host.
-    pruned_states = embed(model, tokens, states, device)
+    pruned_states = embed(model, tokens, example, device)
     dense_states = None
     if settings.method == "admm-grad" and settings.correction > 0:
-        dense_states = pruned_states.clone()
+        dense_states = embed(model, tokens, example, device)
     results = []
     for index, call in enumerate(tqdm(calls, settings.method)):
         if resume_dir is not None:
@@ -440,9 +438,9 @@ def collect_groups(
     for number, states in enumerate(pruned_states):
         if dense_states is not None:
             with InputRecorder(call.block) as dense:
-                call.advance(dense_states[number : number + 1])
+                call.advance(dense_states[number : number + 1])  # in place, through a view
             name = list(dense.inputs)[-1]
-            if not is_expert(name) and states.ndim == 3:  # DeepSeek-V4 has several streams
+            if not is_expert(name) and states.ndim == 3:  # more in DeepSeek-V4
                 last_layer = name
         with InputRecorder(call.block) as pruned:
             call.run(states)
@@ -481,8 +479,8 @@ def collect_last_layer(
         E = H_dense.to(H.device).float() - H.float()  # (1, seqlen, out_features)
         EtX += E[0].T @ X
     group = LinearGroup({name: weight}, gram, tokens=len(pruned_states) * len(X))
-    # If the block adds the output as it is, H is lower by exactly that when the weight is 0. The
-    # last sequence settles it: after a norm or a multiplier, the difference is far larger.
+    # Does the block add the output to its states as it is? Then H loses X W^T if the weight is 0.
+    # In 16 bits, that is rounded by a relative 0.01. A norm or multiplier changes it far more.
     output = X @ weight.float().T
     dense_weight = weight.clone()
     weight.zero_()
@@ -579,7 +577,7 @@ class InputRecorder(TorchFunctionMode):
         elif function in self.PRODUCTS and args[-1].ndim > 1:
             left, right = args[-2:]  # of addmm, the first argument is the bias
             self.record(left, right.mT)
-            self.record(right.mT, left)  # Mamba has weight @ x.mT
+            self.record(right.mT, left)  # weight @ x.mT, as in Mamba: right.mT is x
         return function(*args, **(kwargs or {}))
 
     def record(self, x: Tensor, weight: Tensor) -> None:
@@ -589,7 +587,7 @@ class InputRecorder(TorchFunctionMode):
         if weight.ndim == x.ndim == 3:
             # All experts at once, as in Llama 4: x is (experts, tokens, in_features), and tokens
             # that are routed elsewhere are rows of zeros.
-            for expert_x, expert_weight in zip(x, weight, strict=False):
+            for expert_x, expert_weight in zip(x.expand(len(weight), -1, -1), weight, strict=True):
                 self.record(expert_x[expert_x.any(-1)], expert_weight)
             return
         name, matrix = self.matrices[weight.data_ptr()]
@@ -602,7 +600,7 @@ class InputRecorder(TorchFunctionMode):
             self.converted[key] = (x, X)
         X = self.converted[key][1]
         if name in self.inputs:
-            X = torch.cat([self.inputs.pop(name), X])
+            X = torch.cat([self.inputs.pop(name), X])  # and then to the end of `inputs`
         self.inputs[name] = X
         self.weights[name] = weight
 
@@ -621,7 +619,7 @@ class BlockCall:
 
     @contextmanager
     def on_device(self):
-        """Move the block to the device, and back when the context ends."""
+        """Move the block to the device and, when the context ends, back with its changes."""
         home = tensors_of(self.block)[0].device
         self.block.to(self.device)
         yield
@@ -659,7 +657,7 @@ def record_calls(
     name = type(model).__name__
     blocks = find_blocks(model)
     calls = []
-    after = []  # hidden states after each block, on the host
+    after = []  # hidden states after each block, of one sequence and then of the other
 
     def record(block, args, kwargs, output):
         calls.append(BlockCall(block, args[1:], kwargs, device))
@@ -677,8 +675,8 @@ def record_calls(
     states = embed(model, torch.cat([sequence, other]), after[0], device)
     for index, call in enumerate(calls[:depth]):
         with call.on_device():
-            # Both sequences before the next block, as in pruning: what a block hands on past the
-            # hidden states is then that of the other sequence.
+            # Both sequences before the next block, as in pruning. Where blocks share, say, keys and
+            # values, the next one then gets those of the wrong sequence, and the check fails.
             call.advance(states)
         if not states.isfinite().all():
             raise ValueError(f"block {index} returns NaN or infinite values")
@@ -705,8 +703,8 @@ class StopForward(Exception):
 def embed(model: nn.Module, tokens: Tensor, example: Tensor, device: torch.device) -> Tensor:
     """Return the hidden states before block 0, (sequences, 1, seqlen, hidden), on the host.
 
-    Their dtype is that of the example, the states of one sequence after a block: it may be float32
-    after bfloat16 embeddings. With a GPU they are page-locked, for faster copies.
+    The example is those of one sequence after a block: their dtype may be float32 after bfloat16
+    embeddings. Nothing runs on the device; but for a GPU, the states are page-locked.
     """
     shape = (len(tokens), *example.shape)
     states = torch.empty(shape, dtype=example.dtype, pin_memory=device.type == "cuda")

@@ -67,8 +67,8 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 def on_device(model: nn.Module, device: torch.device):
     """Let a model that lies on the host compute on the device, until the context ends.
 
-    What is outside the blocks stays there. A block moves there before its forward, and its data on
-    the host, which have not changed, are put back afterwards.
+    What is outside the blocks lies on the device until then. A block moves there for its forward;
+    afterwards its data on the host, which have not changed, are put back.
     """
     on_host = {tensor: tensor.data for tensor in tensors_of(model)}
     blocks = find_blocks(model)
@@ -179,7 +179,7 @@ def calibration_tokens(
     texts = islice(load_texts(source, "train", seed), 1000 * nsamples)  # not all of C4
     tokenized = (tokenize(tokenizer, text) for text in texts)
     long_enough = list(islice((ids for ids in tokenized if len(ids) > seqlen), nsamples))
-    if source != "c4":  # there is one text
+    if source != "c4":  # there is one text: crop it nsamples times
         long_enough *= nsamples
     if len(long_enough) < nsamples:
         raise ValueError(f"{source} lacks text for {nsamples} sequences of {seqlen} tokens")

