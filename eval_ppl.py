@@ -51,11 +51,11 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
     """Return the decoder blocks: the module list in the decoder that has the most parameters."""
-    decoder = model.get_decoder()
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
-    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+    for part in (model.get_decoder(), model):  # of the whole model if the decoder has no list
+        lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+        if lists:
+            return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+    raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

