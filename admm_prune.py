@@ -440,7 +440,8 @@ def collect_groups(
             with InputRecorder(call.block) as dense:
                 call.advance(dense_states[number : number + 1])  # in place, through a view
             name = list(dense.inputs)[-1]
-            if not is_expert(name) and states.ndim == 3:  # more in DeepSeek-V4
+            shape = (1, len(dense.inputs[name]), len(dense.weights[name]))  # of its output
+            if shape == states.shape and not is_expert(name):
                 last_layer = name
         with InputRecorder(call.block) as pruned:
             call.run(states)
@@ -620,10 +621,9 @@ class BlockCall:
     @contextmanager
     def on_device(self):
         """Move the block to the device and, when the context ends, back with its changes."""
-        home = tensors_of(self.block)[0].device
         self.block.to(self.device)
         yield
-        self.block.to(home)
+        self.block.to("cpu")
 
     def run(self, states: Tensor) -> Tensor:
         """Return the hidden states of a sequence after the block, given those before it."""
@@ -704,7 +704,7 @@ def embed(model: nn.Module, tokens: Tensor, example: Tensor, device: torch.devic
     """Return the hidden states before block 0, (sequences, 1, seqlen, hidden), on the host.
 
     The example is those of one sequence after a block: their dtype may be float32 after bfloat16
-    embeddings. Nothing runs on the device; but for a GPU, the states are page-locked.
+    embeddings. With a GPU they are page-locked, for faster copies.
     """
     shape = (len(tokens), *example.shape)
     states = torch.empty(shape, dtype=example.dtype, pin_memory=device.type == "cuda")
@@ -713,11 +713,12 @@ def embed(model: nn.Module, tokens: Tensor, example: Tensor, device: torch.devic
         raise StopForward(args[0])
 
     hook = find_blocks(model)[0].register_forward_pre_hook(stop)
-    for number, sequence in enumerate(tokens.split(1)):
-        try:
-            model(sequence, use_cache=False)
-        except StopForward as stopped:
-            states[number] = stopped.args[0]
+    with on_device(model, device):  # after `stop`, so that block 0 does not move
+        for number, sequence in enumerate(tokens.split(1)):
+            try:
+                model(sequence.to(device), use_cache=False)
+            except StopForward as stopped:
+                states[number] = stopped.args[0]
     hook.remove()
     return states
 
@@ -749,7 +750,7 @@ def error_context(context: str):
 def get_fingerprint(model: nn.Module, tokens: Tensor, settings: Settings) -> str:
     """Return a hash of what the result depends on; of the weights, it covers a sample."""
     versions = (torch.__version__, transformers.__version__, Path(__file__).read_text("utf-8"))
-    sample = [(p.dtype, p.flatten()[::1009].tolist()) for p in tensors_of(model)]
+    sample = [(p.dtype, float(p.flatten()[::1009].double().sum())) for p in tensors_of(model)]
     run = repr((settings, tokens.tolist(), model.config.to_json_string(), sample, versions))
     return hashlib.sha256(run.encode()).hexdigest()[:16]
 
@@ -771,7 +772,7 @@ def load_block(file: Path, block: nn.Module) -> list[PrunedLinear]:
 
 def kind_of(name: str) -> str:
     """Return the name without numbers: the same for all blocks, and for all experts."""
-    return ".".join(part for part in name.split(".") if not part.isdigit())
+    return ".".join(p for p in name.removesuffix(".weight").split(".") if not p.isdigit())
 
 
 def find_dense(model: nn.Module, results: list[PrunedLinear]) -> dict[str, float]:
@@ -781,7 +782,7 @@ def find_dense(model: nn.Module, results: list[PrunedLinear]) -> dict[str, float
     dense = Counter()
     for name, p in blocks.named_parameters():
         if p.ndim > 1:
-            dense[kind_of(name.removesuffix(".weight"))] += p.numel()
+            dense[kind_of(name)] += p.numel()
     for result in results:
         dense[kind_of(result.name)] -= math.prod(result.shape)
     return {kind: count / total for kind, count in dense.items() if count}

@@ -96,7 +96,7 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
     """Return the device, by default CUDA if there is a GPU, else the CPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.empty(0, device=name).device  # fails at once if there is no such device
 
 
 def check_seqlen(config, seqlen: int) -> None:
@@ -212,7 +212,7 @@ def one_line_errors(program: str):
     try:
         yield
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        sys.exit(f"{program}: {str(error).strip().splitlines()[0]}")
+        sys.exit(f"{program}: " + str(error).strip().partition("\n")[0])
 
 
 def main() -> None:
