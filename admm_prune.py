@@ -58,7 +58,7 @@ class ADMMConfig:
 
     damping: float = 0.1  # damping * I is added to the scaled Gram matrix, which may be singular
     rho: float = 0.7  # penalty
-    steps: int = 17  # in the first, V is still W0
+    steps: int = 17  # the first only masks the weight
     full_sparsity_step: int = 4  # the mask reaches the full sparsity in this step
     last_mask_step: int = 12  # the mask is frozen after this step
     saliency: bool = True  # True: rank entries as optimal brain surgeon does; False: as Wanda
@@ -105,9 +105,9 @@ def prune_weight(
     A = gram / d / d[:, None]  # (in, in)
     A.diagonal().add_(config.damping)
     if config.saliency:
-        # Removing the entry j of a row of W0 costs W0_j^2 / [A^-1]_jj if the others adapt (optimal
-        # brain surgeon). With d s in place of d, [A^-1]_jj becomes 1, and the cost the square of
-        # the new W0_j. With a given mask, s only changes the scaling in which rho acts.
+        # Removing the entry j of a row of W0 costs W0_j^2 / [A^-1]_jj = (W0_j s_j)^2 if the others
+        # adapt (optimal brain surgeon). With d s in place of d, that is the square of the new W0_j,
+        # so the smallest go first. With a given mask, s only changes the scaling in which rho acts.
         s = inverse(A).diagonal().rsqrt()  # (in,)
         d = d * s
         A = A / s / s[:, None]
@@ -262,10 +262,10 @@ def sparsegpt(
     W[:, never_active] = 0
     diagonal[never_active] = 1
     diagonal += 0.01 * diagonal.mean()
-    # A^-1 = upper^T upper, with upper triangular. Hence B, the inverse of A[j:, j:], is
-    # upper[j:, j:]^T upper[j:, j:], and its row 0 is upper_jj upper[j, j:]. Removing w from column
-    # j costs w^2 / B_00 = (w / upper_jj)^2 if the columns from j on change by -(w / B_00) times
-    # that row, which is -(w / upper_jj) upper[j, j:] (optimal brain surgeon).
+    # A^-1 = upper^T upper. As upper is triangular, A[j:, j:] = T T^T with T = upper[j:, j:]^-1, and
+    # B, its inverse, is upper[j:, j:]^T upper[j:, j:], with row 0 upper_jj upper[j, j:]. Removing w
+    # from column j costs w^2 / B_00 = (w / upper_jj)^2 if the columns from j on change by
+    # -(w / B_00) times that row, which is -(w / upper_jj) upper[j, j:] (optimal brain surgeon).
     upper = torch.linalg.cholesky(inverse(A), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, len(A), width):
@@ -300,7 +300,7 @@ def magnitude(weight, gram, sparsity, pattern, *, sections=None, config=None) ->
 
 # The arguments of all are those of `prune_weight`; each uses those that it needs.
 METHODS = {
-    "admm-grad": prune_weight,
+    "admm-grad": prune_weight,  # with the gradual mask
     "sparsegpt": sparsegpt,
     "wanda": wanda,
     "magnitude": magnitude,
@@ -373,7 +373,7 @@ def prune_model(
             model again and repeat the call.
 
     Returns: what became of each pruned layer. Experts that no token reaches stay dense, and so do
-        layers whose weight is never multiplied as a whole.
+        layers whose weight is used only in parts or not in a plain matrix product.
     Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned.
     """
     check_seqlen(model.config, tokens.shape[1])
@@ -381,7 +381,7 @@ def prune_model(
     device = select_device(device)
     model.eval()
     model.set_experts_implementation("eager")  # fused kernels would hide the products
-    calls, example = record_calls(model, tokens[:1], device)
+    calls, example = record_calls(model, tokens[:1], device)  # states of one sequence
     fingerprint = get_fingerprint(model, tokens, settings)
     # Hidden states before the current block, (sequences, batch of 1, seqlen, hidden), on the host.
     pruned_states = embed(model, tokens, example, device)
@@ -430,16 +430,16 @@ def collect_groups(
 ) -> tuple[list[LinearGroup], str | None]:
     """Return the groups of a block, and the name of the layer to prune after them, if any.
 
-    That is the layer multiplied last, `down_proj` in a LLaMA, if there are `dense_states` and it is
-    no expert. It is in none of the groups. `dense_states` advance through the block.
+    That is the layer multiplied last, `down_proj` in a LLaMA, if there are `dense_states`, it is no
+    expert, and its output has the shape of the states. It is in no group. `dense_states` advance.
     """
     groups = {}  # names of the layers -> LinearGroup
     last_layer = None
     for number, states in enumerate(pruned_states):
         if dense_states is not None:
-            with InputRecorder(call.block) as dense:
+            with InputRecorder(call.block) as dense:  # name -> X in `inputs`, W in `weights`
                 call.advance(dense_states[number : number + 1])  # in place, through a view
-            name = list(dense.inputs)[-1]
+            name = list(dense.inputs)[-1]  # they are in the order of the products
             shape = (1, len(dense.inputs[name]), len(dense.weights[name]))  # of its output
             if shape == states.shape and not is_expert(name):
                 last_layer = name
@@ -480,8 +480,8 @@ def collect_last_layer(
         E = H_dense.to(H.device).float() - H.float()  # (1, seqlen, out_features)
         EtX += E[0].T @ X
     group = LinearGroup({name: weight}, gram, tokens=len(pruned_states) * len(X))
-    # Does the block add the output to its states as it is? Then H loses X W^T if the weight is 0.
-    # In 16 bits, that is rounded by a relative 0.01. A norm or multiplier changes it far more.
+    # Does the block add the output as it is? Then H - H_without, of the last sequence, is X W^T, in
+    # 16 bits up to a relative 0.03 of rounding. A norm or multiplier changes it far more.
     output = X @ weight.float().T
     dense_weight = weight.clone()
     weight.zero_()
@@ -555,7 +555,7 @@ class InputRecorder(TorchFunctionMode):
         super().__init__()
         self.inputs = {}  # name -> X, (tokens, in_features) float32, in the order of the products
         self.weights = {}  # name -> view of the weight, (out_features, in_features)
-        self.converted = {}  # identity and version of an input -> the input, X
+        self.converted = {}  # identity and version of an input -> input, X: q, k, v share one X
         self.matrices = {}  # address of a weight -> its name, the weight as it is stored
         for name, layer in find_linears(block).items():
             self.matrices[layer.weight.data_ptr()] = (name, layer.weight.data)
@@ -586,8 +586,8 @@ class InputRecorder(TorchFunctionMode):
         if weight.data_ptr() not in self.matrices:
             return
         if weight.ndim == x.ndim == 3:
-            # All experts at once, as in Llama 4: x is (experts, tokens, in_features), and tokens
-            # that are routed elsewhere are rows of zeros.
+            # All experts at once, as in Llama 4; the stack has the address of expert 0. x is
+            # (experts, tokens, in_features), with rows of zeros for tokens that go elsewhere.
             for expert_x, expert_weight in zip(x.expand(len(weight), -1, -1), weight, strict=True):
                 self.record(expert_x[expert_x.any(-1)], expert_weight)
             return
@@ -601,7 +601,7 @@ class InputRecorder(TorchFunctionMode):
             self.converted[key] = (x, X)
         X = self.converted[key][1]
         if name in self.inputs:
-            X = torch.cat([self.inputs.pop(name), X])  # and then to the end of `inputs`
+            X = torch.cat([self.inputs.pop(name), X])  # popped, so it moves to the end
         self.inputs[name] = X
         self.weights[name] = weight
 
@@ -675,15 +675,15 @@ def record_calls(
     states = embed(model, torch.cat([sequence, other]), after[0], device)
     for index, call in enumerate(calls[:depth]):
         with call.on_device():
-            # Both sequences before the next block, as in pruning. Where blocks share, say, keys and
-            # values, the next one then gets those of the wrong sequence, and the check fails.
+            # Both go through a block before the next, as in pruning. If blocks share an object,
+            # with keys and values say, one sequence then meets those of the other: the check fails.
             call.advance(states)
         if not states.isfinite().all():
             raise ValueError(f"block {index} returns NaN or infinite values")
         for own, expected in zip(states, after[index::depth], strict=True):
             if relative_difference(own, expected) > tolerance:
                 raise ValueError(f"{name} cannot be run block by block: block {index} differs")
-    # Later tokens may change the rounding: in a mixture in 16 bits, by up to a relative 0.13.
+    # Later tokens may change the rounding: in a mixture in 16 bits, by 0.13, so 0.3 is allowed.
     if relative_difference(states[0][:, :half], states[1][:, :half]) > 30 * tolerance:
         raise ValueError(f"{name} is not causal: its states depend on later tokens")
     return calls[:depth], states[0]
@@ -703,8 +703,8 @@ class StopForward(Exception):
 def embed(model: nn.Module, tokens: Tensor, example: Tensor, device: torch.device) -> Tensor:
     """Return the hidden states before block 0, (sequences, 1, seqlen, hidden), on the host.
 
-    The example is those of one sequence after a block: their dtype may be float32 after bfloat16
-    embeddings. With a GPU they are page-locked, for faster copies.
+    The example, states of one sequence after a block, gives shape and dtype: that may be float32
+    after bfloat16 embeddings. With a GPU they are page-locked, for faster copies.
     """
     shape = (len(tokens), *example.shape)
     states = torch.empty(shape, dtype=example.dtype, pin_memory=device.type == "cuda")
@@ -713,7 +713,7 @@ def embed(model: nn.Module, tokens: Tensor, example: Tensor, device: torch.devic
         raise StopForward(args[0])
 
     hook = find_blocks(model)[0].register_forward_pre_hook(stop)
-    with on_device(model, device):  # after `stop`, so that block 0 does not move
+    with on_device(model, device):  # hooked after `stop`, so block 0 does not move
         for number, sequence in enumerate(tokens.split(1)):
             try:
                 model(sequence.to(device), use_cache=False)
@@ -749,9 +749,9 @@ def error_context(context: str):
 
 def get_fingerprint(model: nn.Module, tokens: Tensor, settings: Settings) -> str:
     """Return a hash of what the result depends on; of the weights, it covers a sample."""
-    versions = (torch.__version__, transformers.__version__, Path(__file__).read_text("utf-8"))
+    software = (torch.__version__, transformers.__version__, Path(__file__).read_text("utf-8"))
     sample = [(p.dtype, float(p.flatten()[::1009].double().sum())) for p in tensors_of(model)]
-    run = repr((settings, tokens.tolist(), model.config.to_json_string(), sample, versions))
+    run = repr((settings, tokens.tolist(), model.config.to_json_string(), sample, software))
     return hashlib.sha256(run.encode()).hexdigest()[:16]
 
 

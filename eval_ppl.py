@@ -115,7 +115,7 @@ def locate(name: str) -> dict:
 
 
 def load_tokenizer(name: str, seqlen: int):
-    """Return the tokenizer of a model; raise a ValueError if the model cannot be used."""
+    """Return the tokenizer of a model; raise a ValueError if its config tells that it is unfit."""
     config = AutoConfig.from_pretrained(**locate(name))
     if config.is_encoder_decoder:  # otherwise the decoder of BART is loaded alone
         raise ValueError(f"{name} is an encoder-decoder model; only decoder-only ones will do")
@@ -176,7 +176,7 @@ def calibration_tokens(
 
     Raises: ValueError if there is too little text; OSError if it cannot be read.
     """
-    texts = islice(load_texts(source, "train", seed), 1000 * nsamples)  # not all of C4
+    texts = islice(load_texts(source, "train", seed), 1000 * nsamples)  # or give up
     tokenized = (tokenize(tokenizer, text) for text in texts)
     long_enough = list(islice((ids for ids in tokenized if len(ids) > seqlen), nsamples))
     if source != "c4":  # there is one text: crop it nsamples times
