@@ -360,8 +360,7 @@ def prune_model(
 
     Each block is pruned for the inputs that it gets once the blocks before it are pruned. If
     weights are corrected, the hidden states of the dense model are computed as well. Embeddings and
-    LM head stay dense. The command line allows TF32 (`torch.set_float32_matmul_precision("high")`),
-    which is faster on a GPU; this function leaves the precision as it is.
+    LM head stay dense. Unlike the command line, this function does not allow TF32 on GPUs.
 
     Args:
         model: a Hugging Face decoder-only model on the host. It is set to evaluation mode and to
@@ -382,7 +381,8 @@ def prune_model(
     model.eval()
     model.set_experts_implementation("eager")  # fused kernels would hide the products
     calls, example = record_calls(model, tokens[:1], device)  # states of one sequence
-    fingerprint = get_fingerprint(model, tokens, settings)
+    if resume_dir is not None:
+        fingerprint = get_fingerprint(model, tokens, settings)
     # Hidden states before the current block, (sequences, batch of 1, seqlen, hidden), on the host.
     pruned_states = embed(model, tokens, example, device)
     dense_states = None
@@ -632,8 +632,8 @@ class BlockCall:
 
     def advance(self, states: Tensor) -> None:
         """Replace the hidden states of all sequences by those after the block, in place."""
-        for states_of_sequence in states:
-            states_of_sequence.copy_(self.run(states_of_sequence))
+        for sequence_states in states:
+            sequence_states.copy_(self.run(sequence_states))
 
 
 def states_of(output: Tensor | tuple) -> Tensor:
@@ -872,7 +872,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seqlen", type=int, default=2048, help="tokens in each of them")
     add("--seed", type=int, default=0, help="selects the calibration text")
     add("--device", help="where to compute; None: cuda if there is a GPU, else cpu")
-    add("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's, on a CPU float32")
+    add("--dtype", choices=DTYPES, default="auto", help="auto: checkpoint's; CPU, .gguf: float32")
     add("--save", type=Path, help="output folder; None: named by model, method and sparsity")
     args = parser.parse_args()
     if args.nsamples < 1 or args.seqlen < 2:

@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT windows")
     parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
-    dtype_help = "auto: float32 on a CPU or from a .gguf file, else the checkpoint's"
+    dtype_help = "auto: checkpoint's; CPU, .gguf: float32"
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help=dtype_help)
     args = parser.parse_args()
     if args.seqlen < 2:
