@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPE_HELP = "auto: checkpoint's; CPU, .gguf: float32"
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
     """Return exp of the mean negative log-likelihood of all tokens but the first of each window.
 
     Args:
-        model: a Hugging Face decoder-only model on the host; it is set to evaluation mode.
+        model: a Hugging Face decoder-only model; it is set to evaluation mode.
         tokens: (windows, seqlen) int64.
         device: where to compute. Default: CUDA if there is a GPU, else the CPU.
 
@@ -41,12 +42,12 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     windows_at_once = max(1, 2**29 // (vocabulary * tokens.shape[1]))  # 1 GiB of logits in 16 bits
     losses = []
-    with on_device(model, device):
+    with offload_blocks(model, device):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
             logits = model(windows, use_cache=False).logits  # (windows, seqlen, vocabulary)
             for window, window_logits in zip(windows, logits, strict=True):
                 losses.append(F.cross_entropy(window_logits[:-1].float(), window[1:]))
-    return float(torch.stack(losses).double().mean().exp())
+    return float(torch.stack(losses).cpu().double().mean().exp())  # MPS has no float64
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -64,39 +65,48 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
-def on_device(model: nn.Module, device: torch.device):
+def offload_blocks(model: nn.Module, device: torch.device):
     """Let a model that lies on the host compute on the device, until the context ends.
 
     What is outside the blocks lies on the device until then. A block moves there for its forward;
-    afterwards its data on the host, which have not changed, are put back.
+    afterwards its data on the host, which have not changed, are put back. On a GPU with room for
+    the whole model, the blocks stay there until the context ends.
     """
     on_host = {tensor: tensor.data for tensor in tensors_of(model)}
     blocks = find_blocks(model)
 
     def move(block, args):
         for tensor in tensors_of(block):
-            tensor.data = on_host[tensor].to(device)
+            tensor.data = tensor.data.to(device)  # nothing to do for a block that stayed
 
     def put_back(block, args, output):
         for tensor in tensors_of(block):
             tensor.data = on_host[tensor]
 
     hooks = [block.register_forward_pre_hook(move) for block in blocks]
-    hooks += [block.register_forward_hook(put_back) for block in blocks]
-    for tensor in on_host.keys() - set(tensors_of(blocks)):
-        tensor.data = on_host[tensor].to(device)
-    yield
-    for hook in hooks:
-        hook.remove()
-    for tensor, data in on_host.items():
-        tensor.data = data
+    size = sum(data.nbytes for data in on_host.values())
+    room_for_logits = 8 * 2**30  # and activations
+    if device.type != "cuda" or size + room_for_logits > torch.cuda.mem_get_info(device)[0]:
+        hooks += [block.register_forward_hook(put_back) for block in blocks]
+    try:
+        for tensor in on_host.keys() - set(tensors_of(blocks)):
+            tensor.data = on_host[tensor].to(device)
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for tensor, data in on_host.items():
+            tensor.data = data
 
 
 def select_device(name: torch.device | str | None = None) -> torch.device:
-    """Return the device, by default CUDA if there is a GPU, else the CPU."""
+    """Return the device, by default CUDA if there is a GPU, else the CPU, or raise a ValueError."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.empty(0, device=name).device  # fails at once if there is no such device
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:  # of builds without CUDA, and other reasons
+        raise ValueError(f"device {name} cannot be used: {error}") from error
 
 
 def check_seqlen(config, seqlen: int) -> None:
@@ -217,18 +227,18 @@ def one_line_errors(program: str):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Perplexity of a causal language model.")
-    parser.add_argument("--model", required=True, help="hub id, folder or .gguf file")
-    parser.add_argument("--dataset", default="wikitext2", help="wikitext2 or a text file")
-    parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window")
-    parser.add_argument("--limit", type=int, help="use only the first LIMIT windows")
-    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
-    dtype_help = "auto: checkpoint's; CPU, .gguf: float32"
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=dtype_help)
+    add = parser.add_argument
+    add("--model", required=True, help="hub id, folder or .gguf file")
+    add("--dataset", default="wikitext2", help="wikitext2 or a text file")
+    add("--seqlen", type=int, default=2048, help="tokens in a window")
+    add("--limit", type=int, help="use only the first LIMIT windows")
+    add("--device", help="default: cuda if there is a GPU, else cpu")
+    add("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
     args = parser.parse_args()
     if args.seqlen < 2:
         parser.error("--seqlen must be at least 2")
-    device = select_device(args.device)
     with one_line_errors("eval_ppl.py"):
+        device = select_device(args.device)
         tokenizer = load_tokenizer(args.model, args.seqlen)
         windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit)
         model = load_model(args.model, args.dtype, device)
