@@ -21,13 +21,12 @@ import pydoc_data.topics
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -123,9 +122,8 @@ def select_mask(
 ) -> Tensor:
     """Return a mask, (out, in) bool: False at the round(sparsity * numel) smallest magnitudes.
 
-    With a pattern (N, M), the N largest of each group of M consecutive entries of a row are kept,
-    and all others are False. A share below 1 selects only that share of the zeros, the smallest.
-    Raises ValueError if sparsity or pattern is not valid.
+    With a pattern (N, M), it is False at all but the N largest of each group of M. A share below 1
+    selects only that share of the zeros, the smallest. Raises ValueError if the others are invalid.
     """
     scores = values.abs().float()
     if pattern is not None:
@@ -149,7 +147,6 @@ def select_mask(
 # --------------------------------------------------------------- correction, error and baselines
 
 
-@torch.no_grad()
 def correct_weight(
     weight: Tensor, gram: Tensor, EtX: Tensor, strength: float = 0.5, damping: float = 1.0
 ) -> Tensor:
@@ -162,14 +159,13 @@ def correct_weight(
     active feature would otherwise become huge. Two methods of quantisation do this: QEP (Arai and
     Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al., ICML 2025).
 
-    Args: `weight` W and `EtX` E^T X, (out_features, in_features); `gram` G = X^T X, all of one
-        dtype; `strength` from 0 to 1; `damping`, which is another than that of `ADMMConfig`.
+    Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, of one
+        dtype; `strength` from 0 to 1. The `damping` is another than that of `ADMMConfig`.
     """
     A = gram + damping * torch.diag(feature_norms(gram, floor=0.1) ** 2)
     return weight + strength * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(A)).T
 
 
-@torch.no_grad()
 def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
     """Return ||X W^T - X W'^T||^2 / ||X W^T||^2 with `weight` W, `pruned` W' and `gram` X^T X."""
     gram = gram.float()
@@ -187,9 +183,8 @@ def sparsegpt(
 
     Columns are pruned from left to right, and those further right adapt to each error. As in the
     released code, 1 % of the mean diagonal is added to that of the Gram matrix, and the mask is
-    selected for 128 columns at a time, or for one group of a pattern; the number of zeros is
-    rounded each time. The weights of features that were never active become 0, even if that makes
-    more zeros than wanted. Arguments as in `prune_weight`.
+    selected for 128 columns at a time, or for one group of a pattern, with a rounded number of
+    zeros. The weights of features that were never active become 0, even if these are more.
     """
     W = weight.float().clone()  # (out, in)
     H = gram.float().clone()  # (in, in)
@@ -252,17 +247,10 @@ class Layer:
 
     weight: Tensor  # view of the weight in the model, (out_features, in_features)
     gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
-    cross: Tensor | None = None  # (X_dense - X)^T X, likewise
+    cross: Tensor | None = (
+        None  # (X_dense - X)^T X, likewise, X_dense being those of the dense model
+    )
     num_tokens: int = 0  # rows of X
-
-    def add(self, X: Tensor, X_dense: Tensor | None = None) -> None:
-        """Add the inputs of a sequence, (tokens, in_features), in the pruned and dense model."""
-        self.gram += X.T @ X
-        if X_dense is not None:
-            if self.cross is None:
-                self.cross = torch.zeros_like(self.gram)
-            self.cross += (X_dense - X).T @ X
-        self.num_tokens += len(X)
 
 
 @dataclass
@@ -271,7 +259,6 @@ class PrunedLinear:
 
     block: int
     name: str  # in the block
-    shape: tuple[int, int]  # (out_features, in_features)
     sparsity: float  # share of zeros
     error: float  # of `measure_error`, against the dense weight or its correction
     is_corrected: bool
@@ -285,9 +272,8 @@ def prune_model(
 ) -> list[PrunedLinear]:  # fmt: skip
     """Prune the linear layers inside the decoder blocks of a causal LM, in place.
 
-    Each block is pruned for the inputs that it gets once those before it are pruned. Embeddings
-    and LM head stay dense, and so do experts that no token reaches and layers whose weight is used
-    only in parts or not in a plain matrix multiplication.
+    Each block is pruned for the inputs that it gets once those before it are pruned. Embeddings and
+    LM head stay dense, as do experts that no token reaches and weights not multiplied as a matrix.
 
     Args:
         model: a Hugging Face decoder-only model. It is moved to the host, and set to evaluation
@@ -308,8 +294,7 @@ def prune_model(
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model has LoRA adapters: merge them into its weights first")
     device = eval_ppl.select_device(device)
-    model.cpu()
-    model.eval()
+    model.cpu().eval()
     model.set_experts_implementation("eager")  # fused kernels would hide the multiplications
     results = []
     try:
@@ -342,8 +327,7 @@ def prune_model(
 def collect_layers(call, pruned_states, dense_states, last) -> dict[str, Layer]:
     """Return the layers of a block but the last one, by name, with the sums over their inputs.
 
-    `pruned_states` are those before the block, as are `dense_states`, if any, which are replaced by
-    those after it.
+    Both lists hold the states before the block; `dense_states`, if any, become those after it.
     """
     layers = {}
     for number, states in enumerate(pruned_states):
@@ -354,15 +338,18 @@ def collect_layers(call, pruned_states, dense_states, last) -> dict[str, Layer]:
             dense_inputs = recorder.inputs
         with InputRecorder(call.block) as recorder:
             call(states)
-        for name, X in recorder.inputs.items():
+        for name, (weight, X) in recorder.inputs.items():
             if name == last:
                 continue
-            if name not in layers:
-                layers[name] = Layer(recorder.weights[name])
-            X_dense = dense_inputs.get(name)
-            if is_expert(name):  # in the dense model, other tokens may be routed to it
-                X_dense = None
-            layers[name].add(X, X_dense)
+            layer = layers.setdefault(name, Layer(weight))
+            layer.gram += X.T @ X
+            layer.num_tokens += len(X)
+            # In the dense model, other tokens may be routed to an expert.
+            if name in dense_inputs and not is_expert(name):
+                if layer.cross is None:
+                    layer.cross = torch.zeros_like(layer.gram)
+                _, X_dense = dense_inputs[name]
+                layer.cross += (X_dense - X).T @ X
     return layers
 
 
@@ -377,20 +364,18 @@ def find_last_layer(call: "BlockCall", states: Tensor) -> str | None:
         after = call(states).float()
     if not recorder.inputs:
         return None
-    name = list(recorder.inputs)[-1]  # they are in the order of the multiplications
-    weight = recorder.weights[name]
-    output = recorder.inputs[name] @ weight.float().T  # (tokens, out_features), without bias
+    name, (weight, X) = list(recorder.inputs.items())[-1]  # in the order of the multiplications
+    output = X @ weight.float().T  # (tokens, out_features), without bias
     if is_expert(name) or output[None].shape != states.shape:
         return None
     # With 8 W, which no rounding separates from W, a block that adds the output as it is gains
     # 7 X W^T, up to a relative 0.05 of rounding in 16 bits. With a norm or a multiplier behind, the
     # difference is at least 0.2. With 0 in place of W, the two overlap in bfloat16.
-    dense_weight = weight.clone()
     weight.mul_(8)
     try:
         gain = call(states).float() - after
     finally:
-        weight.copy_(dense_weight)
+        weight.div_(8)  # exact, since 8 is a power of 2
     return name if relative_difference(gain, 7 * output[None]) < 0.1 else None
 
 
@@ -400,17 +385,16 @@ def collect_last_layer(call, pruned_states, dense_states, last) -> tuple[Layer, 
     E is all that the hidden states after the block have lost. `pruned_states` are those before the
     block, `dense_states` those after it.
     """
+    gram = 0.0
     EtX = 0.0
-    for number, states in enumerate(pruned_states):
+    for states, dense_after in zip(pruned_states, dense_states, strict=True):
         with InputRecorder(call.block) as recorder:
             after = call(states)
-        X = recorder.inputs[last]  # (seqlen, in_features)
-        if number == 0:
-            layer = Layer(recorder.weights[last])
-        layer.add(X)
-        E = dense_states[number].to(after.device).float() - after.float()
-        EtX += E[0].T @ X  # (out_features, in_features)
-    return layer, EtX
+        weight, X = recorder.inputs[last]
+        gram += X.T @ X
+        E = dense_after.to(after.device).float() - after.float()  # (1, seqlen, out_features)
+        EtX += E[0].T @ X
+    return Layer(weight, gram, num_tokens=len(X) * len(pruned_states)), EtX
 
 
 def prune_layer(
@@ -418,23 +402,20 @@ def prune_layer(
 ) -> PrunedLinear:
     """Correct the weight of a layer, if there is an E^T X, and prune it, in place."""
     target = layer.weight.float()
-    dtype = layer.weight.dtype
     try:
         if not layer.gram.isfinite().all():
             raise ValueError("the inputs are NaN or infinite")
         if EtX is not None:
             target = correct_weight(target, layer.gram, EtX, correction)
-        pruned = prune(target, layer.gram).to(dtype)
+        pruned = prune(target, layer.gram).to(layer.weight.dtype)
         if not pruned.isfinite().all():
-            raise ValueError(f"pruned weights overflow {dtype}; load the model in another --dtype")
+            raise ValueError(f"pruned weights overflow {pruned.dtype}; choose another --dtype")
     except (ValueError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
         raise ValueError(f"block {index}: {name}: {error}") from error
     error = measure_error(target, pruned, layer.gram)
     sparsity = int((pruned == 0).sum()) / pruned.numel()
     layer.weight.copy_(pruned)
-    shape = tuple(pruned.shape)
-    is_corrected = EtX is not None
-    return PrunedLinear(index, name, shape, sparsity, error, is_corrected, layer.num_tokens)
+    return PrunedLinear(index, name, sparsity, error, EtX is not None, layer.num_tokens)
 
 
 # ----------------------------------------------------------------------- inputs of the layers
@@ -455,16 +436,15 @@ class InputRecorder(TorchFunctionMode):
 
     def __init__(self, block: nn.Module):
         super().__init__()
-        self.inputs = {}  # name -> X, (tokens, in_features) float32, in the order of the calls
-        self.weights = {}  # name -> view of the weight, (out_features, in_features)
-        self.known = {}  # address of a weight -> its name, number of entries
+        self.inputs = {}  # name -> view of the weight, (out, in), and X, (tokens, in) float32
+        self.names = {}  # address and number of entries of a weight -> name
         for name, module in block.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)):  # Conv1D is the linear layer of GPT-2
-                self.known[module.weight.data_ptr()] = (name, module.weight.numel())
+                self.names[module.weight.data_ptr(), module.weight.numel()] = name
         for name, parameter in block.named_parameters():
             if parameter.ndim == 3:
                 for index, expert in enumerate(parameter):
-                    self.known[expert.data_ptr()] = (f"{name}.{index}", expert.numel())
+                    self.names[expert.data_ptr(), expert.numel()] = f"{name}.{index}"
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         # torch.matmul(x, w), x.matmul(w) and x @ w have one name. Einsum is not seen.
@@ -478,23 +458,19 @@ class InputRecorder(TorchFunctionMode):
 
     def record(self, x: Tensor, weight: Tensor) -> None:
         """Record the input of x @ weight.mT, if the weight is one of the block."""
-        if weight.data_ptr() not in self.known:
-            return
-        if weight.ndim == 3:
-            # All experts at once, as in Llama 4; the stack has the address of expert 0. x is
-            # (experts, tokens, in_features), with rows of zeros for tokens that go elsewhere.
+        if weight.ndim == 3 and (weight.data_ptr(), weight.shape[1:].numel()) in self.names:
+            # All experts at once, as in Llama 4. x is (experts, tokens, in_features), with rows of
+            # zeros for tokens that go elsewhere.
             for expert_x, expert_weight in zip(x.expand(len(weight), -1, -1), weight, strict=True):
                 self.record(expert_x[expert_x.any(-1)], expert_weight)
-            return
-        name, numel = self.known[weight.data_ptr()]
-        if weight.ndim != 2 or weight.numel() != numel or x.numel() == 0:
-            return  # a part of the weight, or an expert that no token reaches
+        name = self.names.get((weight.data_ptr(), weight.numel()))
+        if name is None or weight.ndim != 2 or x.numel() == 0:
+            return  # no weight, a part of one, or an expert that no token reaches
         # A copy, since the block may change x in place.
         X = x.reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
         if name in self.inputs:  # multiplied twice; popped, so it moves to the end
-            X = torch.cat([self.inputs.pop(name), X])
-        self.inputs[name] = X
-        self.weights[name] = weight
+            X = torch.cat([self.inputs.pop(name)[1], X])
+        self.inputs[name] = (weight, X)
 
 
 # ---------------------------------------------------------------------------- calls of the blocks
@@ -522,8 +498,7 @@ def states_of(output: Tensor | tuple) -> Tensor:
 
 def to_host(states: Tensor) -> Tensor:
     """Return a copy on the host, in pinned memory if it comes from a GPU: copies are faster."""
-    on_host = torch.empty(states.shape, dtype=states.dtype, pin_memory=states.is_cuda)
-    return on_host.copy_(states)
+    return torch.empty(states.shape, dtype=states.dtype, pin_memory=states.is_cuda).copy_(states)
 
 
 class StopForward(Exception):
@@ -553,19 +528,16 @@ def record_calls(
         raise StopForward
 
     other = tokens[-1:].flip(1)  # reversed, so it differs from the first
-    hooks = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
-    try:
-        with eval_ppl.offload_blocks(model, device):
-            for ids in (tokens[:1], other):
+    with eval_ppl.offload_blocks(model, device), ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(record, with_kwargs=True))
+        for ids in (tokens[:1], other):
+            model(ids.to(device), use_cache=False)
+        # Prepended to the hook that moves block 0 to the device.
+        hooks.enter_context(blocks[0].register_forward_pre_hook(stop, prepend=True))
+        for ids in torch.cat([tokens, other]).split(1):
+            with suppress(StopForward):
                 model(ids.to(device), use_cache=False)
-            # Before the hook that moves block 0 to the device.
-            hooks.append(blocks[0].register_forward_pre_hook(stop, prepend=True))
-            for ids in torch.cat([tokens, other]).split(1):
-                with suppress(StopForward):
-                    model(ids.to(device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
     name = type(model).__name__
     if [call.block for call in calls] != 2 * blocks:
@@ -582,7 +554,7 @@ def record_calls(
         for own, expected in zip(checked, outputs[index :: len(blocks)], strict=True):
             if not own.isfinite().all():
                 raise ValueError(f"block {index} returns NaN or infinite values")
-            if relative_difference(own, expected) > tolerance:
+            if not relative_difference(own, expected) <= tolerance:
                 raise ValueError(f"{name} cannot be run block by block: block {index} differs")
     return calls, inputs
 
@@ -633,20 +605,15 @@ def prune_and_save(args: argparse.Namespace) -> None:
         )
         model = eval_ppl.load_model(args.model, args.dtype, device)
         results = run_method(args.method, args, model, tokens, device)
-        sparsity = measure_sparsity(model)
-        report = {
-            "arguments": vars(args),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "sparsity": sparsity,
-            "linears": [asdict(result) for result in results],
-        }
+        report = {"arguments": vars(args), "sparsity": measure_sparsity(model)}
+        report["linears"] = [asdict(result) for result in results]
         output = Path(temporary) / folder.name
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
-        text = json.dumps(report, indent=2, default=str)  # paths become strings
+        text = json.dumps(report, indent=2, default=str)
         (output / "pruning_report.json").write_text(text, encoding="utf-8")
         output.rename(folder)
-    for name, share in sparsity.items():
+    for name, share in report["sparsity"].items():
         print(f"{share:7.2%} zeros: {name}")
     print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
 
@@ -701,10 +668,8 @@ def main() -> None:
     # TF32 on GPUs. It raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
     torch.set_float32_matmul_precision("high")
     with eval_ppl.one_line_errors("admm_prune.py"):
-        if args.demo:
-            demo(args)
-        else:
-            prune_and_save(args)
+        run = demo if args.demo else prune_and_save
+        run(args)
 
 
 if __name__ == "__main__":
