@@ -230,7 +230,7 @@ def magnitude(
 
 # The arguments of all methods are those of `prune_weight`.
 METHODS = {
-    "admm-grad": prune_weight,
+    "admm-grad": prune_weight,  # the mask is gradual
     "admm-grad-paper": partial(prune_weight, config=PAPER),
     "sparsegpt": sparsegpt,
     "wanda": wanda,
@@ -243,13 +243,14 @@ METHODS = {
 
 @dataclass
 class Layer:
-    """A linear layer, or an expert of a mixture, and sums over its calibration inputs X."""
+    """A linear layer, or an expert of a mixture, and sums over its calibration inputs.
+
+    These are X in the model that is being pruned, and X_dense in the dense one.
+    """
 
     weight: Tensor  # view of the weight in the model, (out_features, in_features)
     gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
-    cross: Tensor | None = (
-        None  # (X_dense - X)^T X, likewise, X_dense being those of the dense model
-    )
+    cross: Tensor | None = None  # (X_dense - X)^T X, likewise; None: no correction
     num_tokens: int = 0  # rows of X
 
 
