@@ -43,7 +43,7 @@ Pattern = tuple[int, int] | None  # (N, M): keep N of every M consecutive entrie
 class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are ours; `PAPER` holds those of the paper."""
 
-    damping: float = 0.1  # relative; added to the diagonal of the Gram matrix, often singular
+    damping: float = 0.1  # relative, on the diagonal of the Gram matrix, which is often singular
     rho: float = 0.7  # penalty
     growing_steps: int = 4  # at least 1; the sparsity grows to its final value
     moving_steps: int = 8  # the sparsity stays, and the mask is still selected anew
@@ -85,7 +85,7 @@ def prune_weight(
         d = inverse(A).diagonal().rsqrt()
     A = A / d / d[:, None]
     W0 = weight.float() * d  # (out, in)
-    # With Wanda's d, the diagonal of A is 1 + damping, and this is config.rho.
+    # Relative to the mean diagonal of A. With Wanda's d that is 1 + damping, so rho is config.rho.
     rho = config.rho * A.diagonal().mean() / (1 + config.damping)
     R = rho * inverse(A + rho * torch.eye(len(A), device=A.device))  # (in, in)
 
@@ -123,7 +123,7 @@ def select_mask(
     """Return a mask, (out, in) bool: False at the round(sparsity * numel) smallest magnitudes.
 
     With a pattern (N, M), it is False at all but the N largest of each group of M. A share below 1
-    selects only that share of the zeros, the smallest. Raises ValueError if the others are invalid.
+    selects only that share of the zeros, the smallest. Raises ValueError if another is not valid.
     """
     scores = values.abs().float()
     if pattern is not None:
@@ -134,7 +134,7 @@ def select_mask(
             raise ValueError(f"in_features={scores.shape[1]} is not divisible by {M=}")
         sparsity = 1 - N / M
         groups = scores.unflatten(1, (-1, M))  # (out, in / M, M)
-        scores = groups.scatter(2, groups.topk(N).indices, torch.inf)
+        scores = groups.scatter(2, groups.topk(N).indices, torch.inf)  # these stay
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
     zeros = round(share * sparsity * scores.numel())
@@ -184,7 +184,7 @@ def sparsegpt(
     Columns are pruned from left to right, and those further right adapt to each error. As in the
     released code, 1 % of the mean diagonal is added to that of the Gram matrix, and the mask is
     selected for 128 columns at a time, or for one group of a pattern, with a rounded number of
-    zeros. The weights of features that were never active become 0, even if these are more.
+    zeros. Features that were never active lose all weights, even beyond the sparsity asked for.
     """
     W = weight.float().clone()  # (out, in)
     H = gram.float().clone()  # (in, in)
@@ -201,12 +201,12 @@ def sparsegpt(
     for start in range(0, len(H), width):
         end = start + width
         columns = W[:, start:end]  # a view
-        corner = Hinv[start:end, start:end]
-        mask = select_mask(columns / corner.diagonal(), sparsity, pattern)
+        factor = Hinv[start:end, start:end]
+        mask = select_mask(columns / factor.diagonal(), sparsity, pattern)
         errors = torch.zeros_like(columns)  # w / Hinv_jj
         for j in range(columns.shape[1]):
-            errors[:, j] = columns[:, j] * ~mask[:, j] / corner[j, j]
-            columns[:, j:] -= errors[:, j, None] * corner[j, j:]
+            errors[:, j] = columns[:, j] * ~mask[:, j] / factor[j, j]
+            columns[:, j:] -= errors[:, j, None] * factor[j, j:]
         columns *= mask  # rounding may have left tiny values
         W[:, end:] -= errors @ Hinv[start:end, end:]  # one product for all errors is faster
     return W.to(weight.dtype)
@@ -243,10 +243,8 @@ METHODS = {
 
 @dataclass
 class Layer:
-    """A linear layer, or an expert of a mixture, and sums over its calibration inputs.
-
-    These are X in the model that is being pruned, and X_dense in the dense one.
-    """
+    """A linear layer, or an expert of a mixture, with sums over its calibration inputs: X in the
+    model that is being pruned, and X_dense in the dense one."""
 
     weight: Tensor  # view of the weight in the model, (out_features, in_features)
     gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
@@ -299,7 +297,7 @@ def prune_model(
     model.set_experts_implementation("eager")  # fused kernels would hide the multiplications
     results = []
     try:
-        # Hidden states before the current block, of each sequence (1, seqlen, hidden), on the host.
+        # Blocks with their other arguments; hidden states of each sequence before the current block.
         calls, pruned_states = record_calls(model, tokens, device)
         # The same tensors: entries of both lists are replaced, and never changed.
         dense_states = list(pruned_states) if correction > 0 else None
@@ -369,9 +367,9 @@ def find_last_layer(call: "BlockCall", states: Tensor) -> str | None:
     output = X @ weight.float().T  # (tokens, out_features), without bias
     if is_expert(name) or output[None].shape != states.shape:
         return None
-    # With 8 W, which no rounding separates from W, a block that adds the output as it is gains
-    # 7 X W^T, up to a relative 0.05 of rounding in 16 bits. With a norm or a multiplier behind, the
-    # difference is at least 0.2. With 0 in place of W, the two overlap in bfloat16.
+    # With 8 W instead of W, a block that adds the output as it is gains 7 X W^T, up to a relative
+    # 0.05 of rounding in 16 bits. With a norm or multiplier behind, the difference is at least 0.2.
+    # With 0 instead of 8 W, these ranges would overlap in bfloat16.
     weight.mul_(8)
     try:
         gain = call(states).float() - after
@@ -413,10 +411,10 @@ def prune_layer(
             raise ValueError(f"pruned weights overflow {pruned.dtype}; choose another --dtype")
     except (ValueError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
         raise ValueError(f"block {index}: {name}: {error}") from error
-    error = measure_error(target, pruned, layer.gram)
+    loss = measure_error(target, pruned, layer.gram)
     sparsity = int((pruned == 0).sum()) / pruned.numel()
     layer.weight.copy_(pruned)
-    return PrunedLinear(index, name, sparsity, error, EtX is not None, layer.num_tokens)
+    return PrunedLinear(index, name, sparsity, loss, EtX is not None, layer.num_tokens)
 
 
 # ----------------------------------------------------------------------- inputs of the layers
@@ -438,7 +436,7 @@ class InputRecorder(TorchFunctionMode):
     def __init__(self, block: nn.Module):
         super().__init__()
         self.inputs = {}  # name -> view of the weight, (out, in), and X, (tokens, in) float32
-        self.names = {}  # address and number of entries of a weight -> name
+        self.names = {}  # address, which parts have as well, and number of entries -> name
         for name, module in block.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)):  # Conv1D is the linear layer of GPT-2
                 self.names[module.weight.data_ptr(), module.weight.numel()] = name
@@ -469,7 +467,7 @@ class InputRecorder(TorchFunctionMode):
             return  # no weight, a part of one, or an expert that no token reaches
         # A copy, since the block may change x in place.
         X = x.reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
-        if name in self.inputs:  # multiplied twice; popped, so it moves to the end
+        if name in self.inputs:  # multiplied again; popped, so that the latest stands at the end
             X = torch.cat([self.inputs.pop(name)[1], X])
         self.inputs[name] = (weight, X)
 
@@ -498,7 +496,7 @@ def states_of(output: Tensor | tuple) -> Tensor:
 
 
 def to_host(states: Tensor) -> Tensor:
-    """Return a copy on the host, in pinned memory if it comes from a GPU: copies are faster."""
+    """Return a copy on the host, in pinned memory if it comes from a GPU, for faster copies."""
     return torch.empty(states.shape, dtype=states.dtype, pin_memory=states.is_cuda).copy_(states)
 
 
@@ -511,9 +509,9 @@ def record_calls(
 ) -> tuple[list[BlockCall], list[Tensor]]:
     """Return the calls of all blocks, and the hidden states of each sequence before block 0.
 
-    What a block is handed besides the hidden states is the same for all sequences, so one forward
-    of the whole model tells it. Raises a ValueError if the blocks, called one by one with these
-    arguments, do not give the model's own hidden states for this sequence and for another one.
+    What a block is handed besides the hidden states is taken to be the same for all sequences: that
+    of the first, in a forward of the whole model. Raises a ValueError if the blocks, called one by
+    one with these arguments, do not give the model's own states for this and another sequence.
     """
     blocks = list(eval_ppl.find_blocks(model))
     calls = []  # of all blocks for the first sequence, and then for the other one
@@ -534,7 +532,7 @@ def record_calls(
             hooks.enter_context(block.register_forward_hook(record, with_kwargs=True))
         for ids in (tokens[:1], other):
             model(ids.to(device), use_cache=False)
-        # Prepended to the hook that moves block 0 to the device.
+        # Prepended, so that it stops the model before block 0 is moved to the device.
         hooks.enter_context(blocks[0].register_forward_pre_hook(stop, prepend=True))
         for ids in torch.cat([tokens, other]).split(1):
             with suppress(StopForward):
@@ -545,17 +543,17 @@ def record_calls(
         raise ValueError(f"{name} does not call its {len(blocks)} blocks one after the other")
     calls = calls[: len(blocks)]
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    checked = [inputs[0], inputs.pop()]
+    replayed = [inputs[0], inputs.pop()]  # of the first sequence and of the other one
     for index, call in enumerate(calls):
         # Both go through a block before the next, as in pruning. If blocks share an object, with
         # keys and values say, one sequence then meets those of the other: the check fails.
         call.block.to(device)
-        checked = [to_host(call(states)) for states in checked]
+        replayed = [to_host(call(states)) for states in replayed]
         call.block.cpu()
-        for own, expected in zip(checked, outputs[index :: len(blocks)], strict=True):
-            if not own.isfinite().all():
+        for states, own in zip(replayed, outputs[index :: len(blocks)], strict=True):
+            if not (states.isfinite().all() and own.isfinite().all()):
                 raise ValueError(f"block {index} returns NaN or infinite values")
-            if not relative_difference(own, expected) <= tolerance:
+            if relative_difference(states, own) > tolerance:
                 raise ValueError(f"{name} cannot be run block by block: block {index} differs")
     return calls, inputs
 

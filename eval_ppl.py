@@ -31,10 +31,8 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
 
     Args:
         model: a Hugging Face decoder-only model; it is set to evaluation mode.
-        tokens: (windows, seqlen) int64.
+        tokens: (windows, seqlen) int64; ValueError if the model has fewer positions than `seqlen`.
         device: where to compute. Default: CUDA if there is a GPU, else the CPU.
-
-    Raises: ValueError if the model has fewer positions than `seqlen`.
     """
     check_seqlen(model.config, tokens.shape[1])
     device = select_device(device)
@@ -69,8 +67,8 @@ def offload_blocks(model: nn.Module, device: torch.device):
     """Let a model that lies on the host compute on the device, until the context ends.
 
     What is outside the blocks lies on the device until then. A block moves there for its forward;
-    afterwards its data on the host, which have not changed, are put back. On a GPU with room for
-    the whole model, the blocks stay there until the context ends.
+    afterwards its data on the host, which have not changed, are put back, or when the context ends
+    if a GPU has room for the whole model.
     """
     on_host = {tensor: tensor.data for tensor in tensors_of(model)}
     blocks = find_blocks(model)
@@ -84,9 +82,8 @@ def offload_blocks(model: nn.Module, device: torch.device):
             tensor.data = on_host[tensor]
 
     hooks = [block.register_forward_pre_hook(move) for block in blocks]
-    size = sum(data.nbytes for data in on_host.values())
-    room_for_logits = 8 * 2**30  # and activations
-    if device.type != "cuda" or size + room_for_logits > torch.cuda.mem_get_info(device)[0]:
+    needed = sum(data.nbytes for data in on_host.values()) + 8 * 2**30  # logits, activations
+    if device.type != "cuda" or needed > torch.cuda.mem_get_info(device)[0]:
         hooks += [block.register_forward_hook(put_back) for block in blocks]
     try:
         for tensor in on_host.keys() - set(tensors_of(blocks)):
@@ -105,7 +102,7 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError) as error:  # of builds without CUDA, and other reasons
+    except (AssertionError, RuntimeError) as error:  # it depends on how PyTorch was built
         raise ValueError(f"device {name} cannot be used: {error}") from error
 
 
@@ -201,9 +198,7 @@ def calibration_tokens(
     return torch.stack(samples)
 
 
-def evaluation_tokens(
-    source: str, tokenizer, seqlen: int = 2048, limit: int | None = None
-) -> Tensor:
+def evaluation_tokens(source: str, tokenizer, seqlen: int, limit: int | None = None) -> Tensor:
     """Return the windows of "wikitext2" (test split) or a text file, (windows, seqlen) int64.
 
     The limit is a number of windows. Raises: as `calibration_tokens`.

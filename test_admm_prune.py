@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -38,8 +39,9 @@ DOCS = "\n\n".join(pydoc_data.topics.topics.values())
 # Small values for the sizes that a configuration may have, under whatever name.
 SIZES = """
 0 pad_token_id bos_token_id eos_token_id
-1 n_group topk_group n_groups mamba_n_groups o_groups
-2 num_key_value_heads num_kv_heads linear_num_key_heads num_experts_per_tok moe_topk index_n_heads
+1 n_group topk_group n_groups mamba_n_groups
+2 num_key_value_heads num_kv_heads linear_num_key_heads num_experts_per_tok moe_topk
+2 index_n_heads o_groups
 3 num_hidden_layers n_layer n_layers decoder_layers
 4 num_attention_heads n_head n_heads decoder_attention_heads num_experts num_local_experts
 4 rotary_dim n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads linear_num_value_heads
@@ -135,18 +137,17 @@ def prune_tiny(model, tokens=make_tokens(), prune=ap.prune_weight, correction=0.
     return ap.prune_model(model, tokens, prune, correction, CPU)
 
 
-def collect_grams(model, tokens):
-    """Return the Gram matrix and number of tokens of each layer: nothing is pruned."""
+def collect_grams(model, tokens, method=lambda weight, gram: weight, correction=0.0):
+    """Prune a model, by default not at all; return layer -> Gram matrix, number of tokens."""
     grams = []
 
-    def keep(weight, gram):
+    def prune(weight, gram):
         grams.append(gram.double())
-        return weight
+        return method(weight, gram)
 
-    results = prune_tiny(model, tokens, keep, correction=0.0)
-    names = [f"{result.block}.{result.name}" for result in results]
-    counts = [result.num_tokens for result in results]
-    return dict(zip(names, zip(grams, counts, strict=True), strict=True))
+    results = prune_tiny(model, tokens, prune, correction)
+    sums = zip(grams, [result.num_tokens for result in results], strict=True)
+    return {f"{r.block}.{r.name}": s for r, s in zip(results, sums, strict=True)}
 
 
 def find_linears(blocks):
@@ -165,27 +166,7 @@ def record_inputs(module):
     return inputs
 
 
-def spy_on(monkeypatch, name):
-    """Return a list that gets the arguments and the result of each call of a function of `ap`."""
-    calls = []
-    original = getattr(ap, name)
-
-    def spy(*args):
-        result = original(*args)
-        calls.append((args, result))
-        return result
-
-    monkeypatch.setattr(ap, name, spy)
-    return calls
-
-
 # ------------------------------------------------------------------------------------- solver
-
-
-def with_damping(X, damping):
-    """X in float64 with a row below for each feature: their Gram matrix is G + damping * Diag G."""
-    X = X.double()
-    return torch.cat([X, torch.diag(math.sqrt(damping) * X.norm(dim=0))])
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])
@@ -196,7 +177,8 @@ def test_a_given_mask_converges_to_least_squares_on_the_support(damping, obs):
     config = ADMMConfig(damping, rho=0.1, frozen_steps=3000, obs=obs)
     pruned = ap.prune_weight(W, X.T @ X, mask=mask, config=config)
     assert (pruned[~mask] == 0).all()
-    damped = with_damping(X, damping)
+    # With a row below for each feature, the Gram matrix is G + damping * Diag G.
+    damped = torch.cat([X.double(), torch.diag(math.sqrt(damping) * X.double().norm(dim=0))])
     for w, new, kept in zip(W.double(), pruned.double(), mask, strict=True):
         best = torch.linalg.lstsq(damped[:, kept], damped @ w).solution
         scale = damped[:, kept].norm(dim=0)
@@ -233,12 +215,15 @@ def admm_reference(W, X, sparsity, config):
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("config", [PAPER, ADMMConfig()], ids=["paper", "ours"])
-def test_the_solver_is_admm_in_float64(config, sparsity):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
+def test_the_solver_is_admm_in_float64(dtype, tolerance, config, sparsity):
     W, X = make_layer()
-    ours = ap.prune_weight(W, X.T @ X, sparsity, config=config).double()
+    W = W.to(dtype)
+    ours = ap.prune_weight(W, X.T @ X, sparsity, config=config)
     reference = admm_reference(W, X, sparsity, config)
+    assert ours.dtype == dtype
     assert ((ours == 0) == (reference == 0)).all()
-    assert (ours - reference).norm() < 1e-3 * reference.norm()
+    assert (ours.double() - reference).norm() < tolerance * reference.norm()
 
 
 def test_measure_error_is_the_relative_error_of_the_output():
@@ -265,36 +250,6 @@ def test_correction_is_least_squares_or_ridge_regression(strength, damping):
     torch.testing.assert_close(ours, W + strength * gain)
 
 
-def test_on_a_layer_ours_beats_the_paper_sparsegpt_wanda_and_magnitude():
-    W, X = make_layer(out=64, columns=96, tokens=1000)
-    G = X.T @ X
-    from_best_to_worst = [
-        ap.prune_weight(W, G, 0.6),
-        ap.prune_weight(W, G, 0.6, config=PAPER),
-        ap.sparsegpt(W, G, 0.6),
-        ap.wanda(W, G, 0.6),
-        ap.magnitude(W, G, 0.6),
-    ]
-    errors = [float((X @ (W - pruned).T).norm()) for pruned in from_best_to_worst]
-    assert all(better < worse for better, worse in itertools.pairwise(errors)), errors
-
-
-def test_symmetries():
-    W, X = make_layer()
-    G = X.T @ X
-    g = torch.Generator().manual_seed(2)
-    rows = torch.randperm(len(W), generator=g)
-    columns = torch.randperm(W.shape[1], generator=g)
-    pruned = ap.prune_weight(W, G, 0.5)
-    for same in (
-        ap.prune_weight(W, 1e4 * G, 0.5),
-        ap.prune_weight(W[rows], G, 0.5)[rows.argsort()],
-        ap.prune_weight(W[:, columns], G[columns][:, columns], 0.5)[:, columns.argsort()],
-        ap.prune_weight(1e-3 * W, G, 0.5) * 1e3,
-    ):
-        torch.testing.assert_close(same, pruned, rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("method", ["admm-grad", "sparsegpt", "magnitude"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.123, 0.5, 0.7, 0.99])
 @pytest.mark.parametrize("shape", [(23, 37), (1, 40), (24, 1), (1, 1)])
@@ -303,15 +258,6 @@ def test_exact_count_of_zeros(method, sparsity, shape):
     pruned = METHODS[method](W, X.T @ X, sparsity)
     assert int((pruned == 0).sum()) == round(sparsity * W.numel())
     assert pruned.isfinite().all()
-
-
-def test_exact_count_with_ties():
-    values = torch.tensor([[1.0, -2, 2, 2], [0, 2, -2, 3]])
-    for zeros in range(1, 8):
-        mask = ap.select_mask(values, zeros / 8)
-        assert int((~mask).sum()) == zeros
-        assert values[~mask].abs().max() <= values[mask].abs().min()
-    assert int((~ap.select_mask(torch.zeros(5, 7), 0.4)).sum()) == 14
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -351,23 +297,6 @@ def test_sparsegpt_takes_the_steps_of_optimal_brain_surgeon(pattern, width):
     pruned = ap.sparsegpt(W, X.T @ X, 0.6, pattern).double()
     assert ((pruned == 0) == (expected.abs() < 1e-9)).all()
     assert (pruned - expected).norm() < 1e-4 * expected.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights(dtype):
-    W, X = make_layer()
-    pruned = ap.prune_weight(W.to(dtype), X.T @ X, 0.5)
-    exact = admm_reference(W.to(dtype), X, 0.5, ADMMConfig())
-    assert pruned.dtype == dtype
-    torch.testing.assert_close(pruned, exact.to(dtype))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_transposed_view_is_pruned_like_its_copy(method):
-    """As the weights of GPT-2 are."""
-    W, X = make_layer()
-    pruned = METHODS[method](W.T.contiguous().T, X.T @ X)
-    torch.testing.assert_close(pruned, METHODS[method](W, X.T @ X))
 
 
 def test_the_solver_runs_as_a_copy():
@@ -454,21 +383,18 @@ def test_architectures(kind):
         assert (gram - X.T @ X).norm() <= 1e-4 * (X.T @ X).norm(), name
 
     results = prune_tiny(model, tokens)
-    parameters = dict(blocks.named_parameters())
-    names = [f"{result.block}.{result.name}" for result in results]
-    assert set(names) == grams.keys()
-    changed = set()
-    for name in names:
-        if name in linears:
-            parameter = matrix = linears[name].weight
-        else:  # an expert in a stack
-            stack, _, expert = name.rpartition(".")
-            parameter = parameters[stack]
-            matrix = parameter[int(expert)]
-        changed.add(id(parameter))
-        assert int((matrix == 0).sum()) >= round(0.5 * matrix.numel()), name
+    assert grams.keys() == {f"{result.block}.{result.name}" for result in results}
+    parameters = dict(blocks.named_parameters(remove_duplicate=False))
+    stacks = {name: name.rpartition(".")[0] for name in grams}  # of an expert
+    counts = Counter(f"{name}.weight" if name in linears else stacks[name] for name in grams)
+    for name, count in counts.items():
+        numel = parameters[name].numel() // (
+            len(parameters[name]) if name in stacks.values() else 1
+        )
+        assert int((parameters[name] == 0).sum()) >= count * round(0.5 * numel), name
+    pruned = {id(parameters[name]) for name in counts}
     for name, p in model.named_parameters():
-        assert id(p) in changed or torch.equal(p, before[name]), name
+        assert id(p) in pruned or torch.equal(p, before[name]), name
 
 
 def advance(call, sequences):
@@ -480,24 +406,18 @@ def advance(call, sequences):
 def test_sums_over_the_inputs(dtype):
     """Gram matrices and cross products are exact up to the rounding of float32."""
     model = make_model().to(dtype)
-    calls, inputs = ap.record_calls(model, make_tokens(count=7, seqlen=60), CPU)
-    pruned_states = advance(calls[0], inputs)
+    calls, pruned_states = ap.record_calls(model, make_tokens(count=7, seqlen=60), CPU)
     dense_states = [states + 0.1 * states.sin() for states in pruned_states]
-    linears = find_linears(calls[1].block)
+    linears = find_linears(calls[0].block)
     recorded = {name: record_inputs(linear) for name, linear in linears.items()}
-    expected = advance(calls[1], dense_states)
-    dense_inputs = {name: torch.cat(record) for name, record in recorded.items()}
-    for record in recorded.values():
-        record.clear()
-    advance(calls[1], pruned_states)
-    pruned_inputs = {name: torch.cat(record) for name, record in recorded.items()}
-    layers = ap.collect_layers(calls[1], pruned_states, dense_states, "mlp.down_proj")
+    after = advance(calls[0], dense_states)
+    advance(calls[0], pruned_states)
+    layers = ap.collect_layers(calls[0], pruned_states, dense_states, "mlp.down_proj")
     assert layers.keys() == linears.keys() - {"mlp.down_proj"}
-    assert all(map(torch.equal, dense_states, expected))
+    assert all(map(torch.equal, dense_states, after))
     for name, layer in layers.items():
-        X, X_dense = pruned_inputs[name], dense_inputs[name]
+        X_dense, X = torch.cat(recorded[name][:7]), torch.cat(recorded[name][7:14])
         scale = torch.outer(X.norm(dim=0), X.norm(dim=0))
-        assert layer.num_tokens == 7 * 60
         assert ((layer.gram - X.T @ X) / scale).abs().max() < 1e-5
         assert ((layer.cross - (X_dense - X).T @ X) / scale).abs().max() < 1e-5
 
@@ -521,15 +441,15 @@ def test_the_last_layer_aims_at_all_that_the_hidden_states_lost():
     assert (ours - best).norm() < 1e-3 * (best - W).norm()
 
 
-def test_the_last_layer_is_pruned_for_the_inputs_in_the_finished_model(monkeypatch):
+def test_the_last_layer_is_pruned_for_the_inputs_in_the_finished_model():
     model = make_model()
     tokens = make_tokens()
-    calls = spy_on(monkeypatch, "collect_last_layer")
-    prune_tiny(model, tokens)
+    grams = collect_grams(model, tokens, ap.prune_weight, correction=0.5)
     inputs = [record_inputs(layer.mlp.down_proj) for layer in model.model.layers]
     own_perplexity(model, tokens)
-    for X, (_, (layer, _)) in zip(map(torch.cat, inputs), calls, strict=True):
-        assert (X.T @ X - layer.gram).norm() < 1e-4 * layer.gram.norm()
+    for index, X in enumerate(map(torch.cat, inputs)):
+        gram, _ = grams[f"{index}.mlp.down_proj"]
+        assert (X.T @ X - gram).norm() < 1e-4 * gram.norm()
 
 
 def multiplier_behind(model):
@@ -558,9 +478,11 @@ def test_last_layers_whose_output_the_block_adds_as_it_is(monkeypatch, kind, cha
     if change:
         change(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    calls = spy_on(monkeypatch, "find_last_layer")
+    found = []
+    find = ap.find_last_layer
+    monkeypatch.setattr(ap, "find_last_layer", lambda *args: found.append(find(*args)) or found[-1])
     results = prune_tiny(model, prune=lambda weight, gram: weight, correction=1e-30)
-    assert [name for _, name in calls] == [last] * 3
+    assert found == [last] * 3
     for result in results:
         assert result.is_corrected != ("experts" in result.name)
     # The weights that were multiplied by 8 are the same again.
@@ -622,31 +544,8 @@ def test_experts_that_no_token_reaches_stay_dense_and_are_listed():
     assert sparsity["mlp.router.weight"] == 0
 
 
-def test_a_layer_of_a_model_is_pruned_with_the_config():
-    model = make_model()
-    q_proj = model.model.layers[0].self_attn.q_proj
-    inputs = record_inputs(q_proj)
-    own_perplexity(model, make_tokens())
-    expected = admm_reference(q_proj.weight.detach(), torch.cat(inputs), 0.6, PAPER)
-    prune_tiny(model, prune=partial(ap.prune_weight, sparsity=0.6, config=PAPER), correction=0.0)
-    torch.testing.assert_close(q_proj.weight.detach().double(), expected, rtol=1e-3, atol=1e-3)
-
-
-class Sliced(nn.ModuleList):
-    """Blocks of a LLaMA. Its forward calls what a slice of them gives."""
-
-    def __getitem__(self, index):
-        return self.slice(*self) if isinstance(index, slice) else super().__getitem__(index)
-
-
-def swap(model):
-    model.model.layers = Sliced(model.model.layers)
-    model.model.layers.slice = lambda a, b, c: [a, c, b]
-
-
-def work_between(model):
-    model.model.layers = Sliced(model.model.layers)
-    model.model.layers.slice = lambda a, b, c: [a, lambda x, **more: b(x + 1, **more), c]
+def skip_one(model):
+    model.config.num_hidden_layers = 2
 
 
 def hand_on(model):
@@ -659,8 +558,7 @@ def hand_on(model):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (swap, "LlamaForCausalLM does not call its 3 blocks one after the other"),
-        (work_between, "LlamaForCausalLM cannot be run block by block: block 1 differs"),
+        (skip_one, "LlamaForCausalLM does not call its 3 blocks one after the other"),
         (hand_on, "LlamaForCausalLM cannot be run block by block: block 2 differs"),
         (lambda m: setattr(m.config, "quantization_config", {"bits": 4}), "the model is quantised"),
         (lambda m: m.model.layers[0].add_module("lora_A", nn.Linear(32, 2)), "has LoRA adapters"),
@@ -734,10 +632,8 @@ def folder(tmp_path_factory, tokenizer):
     """A folder with models and texts, as the command line takes them, and such that it refuses."""
     path = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    deep = dict(LLAMA, vocab_size=512, hidden_size=64, num_hidden_layers=12)
     for name, config in (
         ("tiny", hf.LlamaConfig(**dict(LLAMA, vocab_size=512), dtype="bfloat16")),
-        ("deep", hf.LlamaConfig(**deep)),
         ("incomplete", hf.LlamaConfig(**dict(LLAMA, vocab_size=512))),
     ):
         hf.AutoModelForCausalLM.from_config(config).save_pretrained(path / name)
@@ -745,8 +641,7 @@ def folder(tmp_path_factory, tokenizer):
     del weights["lm_head.weight"]
     save_file(weights, path / "incomplete" / "model.safetensors", {"format": "pt"})
     hf.BartConfig().save_pretrained(path / "bart")
-    hf.T5Config().save_pretrained(path / "t5")
-    for name in ("tiny", "deep", "incomplete", "bart", "t5"):
+    for name in ("tiny", "incomplete", "bart"):
         tokenizer.save_pretrained(path / name)
     (path / "calibration.txt").write_text(DOCS[:60_000])
     (path / "test.txt").write_text(DOCS[60_000:90_000])
@@ -754,29 +649,15 @@ def folder(tmp_path_factory, tokenizer):
     return path
 
 
-def run(monkeypatch, folder, *arguments, model="tiny"):
+def run(monkeypatch, folder, *arguments):
     """The command line within this process; returns what it exits with (None: it succeeded)."""
-    line = ["admm_prune.py", "--model", folder / model, "--calibration", folder / "calibration.txt"]
+    line = ["", "--model", folder / "tiny", "--calibration", folder / "calibration.txt"]
     line += ["--seqlen", 64, "--nsamples", 8, *arguments]
     monkeypatch.setattr(sys, "argv", list(map(str, line)))
     try:
         ap.main()
     except SystemExit as stop:
         return stop.code
-
-
-def read_report(out):
-    return json.loads((out / "pruning_report.json").read_text())
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "mixtral"])
-def test_perplexity_is_exp_of_the_mean_of_the_models_own_losses(kind):
-    model = make_model(kind)
-    tokens = make_tokens()
-    with torch.no_grad():
-        losses = [model(row[None], labels=row[None]).loss.double() for row in tokens]
-    expected = float(torch.stack(losses).mean().exp())
-    assert eval_ppl.perplexity(model.train(), tokens, CPU) == pytest.approx(expected, rel=1e-5)
 
 
 def test_calibration_windows(folder, tokenizer):
@@ -805,12 +686,12 @@ def test_c4_gives_a_crop_of_each_long_document(tokenizer, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     first = sources(seed=0)
-    assert len(set(first)) == len(first) == 6
+    assert len(set(first)) == 6
     assert all(i % 2 for i in first)
     assert sources(seed=0) == first != sources(seed=1)
 
 
-def test_evaluation_windows(folder, tokenizer, monkeypatch):
+def test_evaluation_windows(tokenizer, monkeypatch):
     """They do not overlap, and the last, incomplete one is dropped."""
     rows = DOCS[:30_000].splitlines()
 
@@ -823,8 +704,6 @@ def test_evaluation_windows(folder, tokenizer, monkeypatch):
     windows = eval_ppl.evaluation_tokens("wikitext2", tokenizer, 1000)
     assert torch.equal(windows.flatten(), ids[: len(ids) // 1000 * 1000])
     assert torch.equal(eval_ppl.evaluation_tokens("wikitext2", tokenizer, 1000, 2), windows[:2])
-    with pytest.raises(ValueError, match="tokens, but one window needs 1000"):
-        eval_ppl.evaluation_tokens(str(folder / "short.txt"), tokenizer, 1000)
 
 
 def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
@@ -840,7 +719,7 @@ def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
     assert "next: python eval_ppl.py --model tiny-admm-grad-paper-2of4" in printed
     out = tmp_path / "tiny-admm-grad-paper-2of4"
     assert list(tmp_path.iterdir()) == [out]
-    report = read_report(out)
+    report = json.loads((out / "pruning_report.json").read_text())
     assert report["sparsity"]["self_attn.q_proj.weight"] == 0.5
     assert len(report["linears"]) == 21
     for row in report["linears"]:
@@ -865,7 +744,6 @@ def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
         (["--sparsity", "1.5"], 2),
         (["--pattern", "4:2"], 2),
         (["--pattern", "2"], 2),
-        (["--pattern", "2x4"], 2),
         (["--pattern", "3:5"], "block 0: self_attn.q_proj: in_features=32 is not divisible by M=5"),
         (["--device", "cuda"], "device cuda cannot be used"),
         (["--calibration", "missing.txt"], "No such file or directory: 'missing.txt'"),
@@ -874,7 +752,6 @@ def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
         (["--seqlen", "65"], "seqlen is 65, but the model has only 64 positions"),
         (["--model", "./missing"], "missing"),
         (["--model", "bart"], "bart is an encoder-decoder model"),
-        (["--model", "t5"], "t5 is an encoder-decoder model"),
         (["--model", "incomplete"], "incomplete lacks weights, such as lm_head.weight"),
         (["--seqlen", "1"], 2),
         (["--save", "missing/out"], "missing"),
@@ -898,25 +775,18 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-KILLED_WHEN_RENAMED = """
-import os, pathlib, signal, admm_prune
-pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-admm_prune.main()
-"""
-
-
 def test_a_killed_run_leaves_no_output_and_the_next_one_is_the_same(folder, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run(monkeypatch, folder, "--save", whole) is None
-    line = [sys.executable, "-c", KILLED_WHEN_RENAMED, *sys.argv[1:-1], out]
-    killed = subprocess.run(list(map(str, line)), cwd=HERE)
-    assert killed.returncode == -signal.SIGKILL
+    kill = "pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    program = f"import admm_prune, os, pathlib, signal; {kill}; admm_prune.main()"
+    line = [sys.executable, "-c", program, *sys.argv[1:-1], out]
+    assert subprocess.run(line, cwd=HERE).returncode == -signal.SIGKILL
     assert not out.exists()
     assert run(monkeypatch, folder, "--save", out) is None
     for path in whole.iterdir():
         if path.name != "pruning_report.json":  # that holds the name of the folder
             assert path.read_bytes() == (out / path.name).read_bytes(), path.name
-    assert read_report(whole)["linears"] == read_report(out)["linears"]
 
 
 # --------------------------------------------------------------------------------- end to end
