@@ -297,7 +297,7 @@ def prune_model(
     model.set_experts_implementation("eager")  # fused kernels would hide the multiplications
     results = []
     try:
-        # Blocks with their other arguments; hidden states of each sequence before the current block.
+        # Blocks with their other arguments; hidden states of each sequence before the current one.
         calls, pruned_states = record_calls(model, tokens, device)
         # The same tensors: entries of both lists are replaced, and never changed.
         dense_states = list(pruned_states) if correction > 0 else None
