@@ -87,7 +87,8 @@ def prune_weight(
     W0 = weight.float() * d  # (out, in)
     # Relative to the mean diagonal of A. With Wanda's d that is 1 + damping, so rho is config.rho.
     rho = config.rho * A.diagonal().mean() / (1 + config.damping)
-    R = rho * inverse(A + rho * torch.eye(len(A), device=A.device))  # (in, in)
+    A.diagonal().add_(rho)  # now A + rho I
+    R = rho * inverse(A)  # (in, in)
 
     # ADMM has two copies of W0: V, which reconstructs the outputs, and Z, which has the zeros. U
     # adds up V - Z over the steps.
@@ -108,8 +109,8 @@ def prune_weight(
 
 def feature_norms(gram: Tensor, floor: float = 1e-8) -> Tensor:
     """Return sqrt(diag(gram)), (in_features,), with each at least `floor` times their mean."""
-    norms = gram.diagonal().sqrt()  # 0 for a feature that was never active
-    return norms.clamp(min=floor * float(norms.mean()))
+    norms = gram.diagonal().sqrt()  # 0 for a feature that was never active, or for all
+    return norms.clamp(min=floor * float(norms.mean()) + 1e-12)
 
 
 def inverse(A: Tensor) -> Tensor:
@@ -182,9 +183,9 @@ def sparsegpt(
     """Return a weight pruned with SparseGPT (Frantar and Alistarh, ICML 2023, arXiv 2301.00774).
 
     Columns are pruned from left to right, and those further right adapt to each error. As in the
-    released code, 1 % of the mean diagonal is added to that of the Gram matrix, and the mask is
-    selected for 128 columns at a time, or for one group of a pattern, with a rounded number of
-    zeros. Features that were never active lose all weights, even beyond the sparsity asked for.
+    released code, 1 % of the mean diagonal is added to that of the Gram matrix, the mask is chosen
+    for 128 columns at a time, or for one group of a pattern, and features that were never active
+    lose all weights, even beyond the sparsity asked for.
     """
     W = weight.float().clone()  # (out, in)
     H = gram.float().clone()  # (in, in)
@@ -306,7 +307,8 @@ def prune_model(
             last = find_last_layer(call, pruned_states[0]) if correction > 0 else None
             # This takes `dense_states` through the block while it is dense.
             layers = collect_layers(call, pruned_states, dense_states, last)
-            for name, layer in layers.items():
+            for name in list(layers):
+                layer = layers.pop(name)  # so that its sums are freed
                 # E = (X_dense - X) W^T
                 EtX = None if layer.cross is None else layer.weight.float() @ layer.cross
                 results.append(prune_layer(index, name, layer, EtX, prune, correction))
@@ -356,8 +358,8 @@ def find_last_layer(call: "BlockCall", states: Tensor) -> str | None:
     """Return the name of the layer whose output a block adds to the hidden states at its end.
 
     That is `down_proj` in a LLaMA. Its output can make up for all that the hidden states have lost,
-    so it is pruned last and has a correction of its own. None: an expert comes last, or a norm or
-    a multiplier stands behind the layer. `states` are those of one sequence before the block.
+    so it is pruned last and has a correction of its own. None: an expert comes last, a norm or
+    multiplier stands behind, or 8 times the output overflows. `states` are those before the block.
     """
     with InputRecorder(call.block) as recorder:
         after = call(states).float()
@@ -368,8 +370,8 @@ def find_last_layer(call: "BlockCall", states: Tensor) -> str | None:
     if is_expert(name) or output[None].shape != states.shape:
         return None
     # With 8 W instead of W, a block that adds the output as it is gains 7 X W^T, up to a relative
-    # 0.05 of rounding in 16 bits. With a norm or multiplier behind, the difference is at least 0.2.
-    # With 0 instead of 8 W, these ranges would overlap in bfloat16.
+    # 0.05 of rounding in 16 bits. With a norm or multiplier behind, the models tried differ by 0.2
+    # or more. With 0 instead of 8 W, these ranges would overlap in bfloat16.
     weight.mul_(8)
     try:
         gain = call(states).float() - after
@@ -413,7 +415,7 @@ def prune_layer(
         raise ValueError(f"block {index}: {name}: {error}") from error
     loss = measure_error(target, pruned, layer.gram)
     sparsity = int((pruned == 0).sum()) / pruned.numel()
-    layer.weight.copy_(pruned)
+    layer.weight.copy_(pruned.view_as(layer.weight))  # another shape would be broadcast
     return PrunedLinear(index, name, sparsity, loss, EtX is not None, layer.num_tokens)
 
 
@@ -441,7 +443,7 @@ class InputRecorder(TorchFunctionMode):
             if isinstance(module, (nn.Linear, Conv1D)):  # Conv1D is the linear layer of GPT-2
                 self.names[module.weight.data_ptr(), module.weight.numel()] = name
         for name, parameter in block.named_parameters():
-            if parameter.ndim == 3:
+            if parameter.ndim == 3 and min(parameter.shape) > 1:  # no depthwise convolution
                 for index, expert in enumerate(parameter):
                     self.names[expert.data_ptr(), expert.numel()] = f"{name}.{index}"
 
@@ -593,7 +595,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
         stem = Path(args.model).resolve().name.removesuffix(".gguf")
         amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
         folder = Path(f"{stem}-{args.method}-{amount}")
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():
         raise ValueError(f"{folder} exists; choose another --save")
     # The output is renamed once it is complete. A run that fails leaves nothing behind.
     with tempfile.TemporaryDirectory(".partial", folder.name, folder.parent) as temporary:
