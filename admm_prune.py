@@ -534,8 +534,7 @@ def record_calls(
             hooks.enter_context(block.register_forward_hook(record, with_kwargs=True))
         for ids in (tokens[:1], other):
             model(ids.to(device), use_cache=False)
-        # Prepended, so that it stops the model before block 0 is moved to the device.
-        hooks.enter_context(blocks[0].register_forward_pre_hook(stop, prepend=True))
+        hooks.enter_context(blocks[0].register_forward_pre_hook(stop))
         for ids in torch.cat([tokens, other]).split(1):
             with suppress(StopForward):
                 model(ids.to(device), use_cache=False)
