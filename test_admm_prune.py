@@ -258,6 +258,8 @@ def test_exact_count_of_zeros(method, sparsity, shape):
     pruned = METHODS[method](W, X.T @ X, sparsity)
     assert int((pruned == 0).sum()) == round(sparsity * W.numel())
     assert pruned.isfinite().all()
+    without_inputs = METHODS[method](W, 0 * X.T @ X, sparsity)
+    assert int((without_inputs == 0).sum()) >= round(sparsity * W.numel())
 
 
 @pytest.mark.parametrize("method", METHODS)
