@@ -576,10 +576,10 @@ def measure_sparsity(model: nn.Module) -> dict[str, float]:
     entries = Counter()
     for name, parameter in eval_ppl.find_blocks(model).named_parameters():
         if parameter.ndim > 1:
-            name = ".".join(part for part in name.split(".") if not part.isdigit())
-            zeros[name] += int((parameter == 0).sum())
-            entries[name] += parameter.numel()
-    return {name: zeros[name] / entries[name] for name in entries}
+            kind = ".".join(part for part in name.split(".") if not part.isdigit())
+            zeros[kind] += int((parameter == 0).sum())
+            entries[kind] += parameter.numel()
+    return {kind: zeros[kind] / entries[kind] for kind in entries}
 
 
 def run_method(name: str, args: argparse.Namespace, model, tokens, device) -> list[PrunedLinear]:
