@@ -14,8 +14,8 @@ The default is the algorithm of "Fast and Effective Weight Update for Pruned Lar
 ADMM-Grad. `--method admm-obs --error-propagation` is better, and is ours.
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
-first; it needs torch alone and is made to be copied. Baselines follow, then `prune_model`, the loop
-over the decoder blocks, and then the machinery that the loop calls.
+first; it needs torch alone and is made to be copied. The baselines follow, then `prune_model`, the
+loop over the decoder blocks, and last the machinery that the loop calls.
 """
 
 import argparse
@@ -49,15 +49,15 @@ Pattern = tuple[int, int]  # (N, M): keep N of every M consecutive entries of a 
 class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are those of the paper."""
 
-    damping: float = 0.1  # the diagonal of the Gram matrix, which may be singular, grows by 10 %
-    rho: float = 1.0  # penalty, where the scaled Gram matrix has ones on its diagonal
-    growing_steps: int = 15  # the sparsity grows to its final value
-    moving_steps: int = 0  # the sparsity is final, but the mask is still selected in each step
-    frozen_steps: int = 6  # the mask stays the same
-    obs: bool = False  # rank entries as optimal brain surgeon does, instead of as Wanda does
+    damping: float = 0.1  # share by which the diagonal of the Gram matrix grows; G may be singular
+    rho: float = 1.0  # penalty, relative to the mean diagonal of the scaled Gram matrix
+    growing_steps: int = 15  # steps in which the sparsity grows to its final value
+    moving_steps: int = 0  # steps at the final sparsity in which the mask is still selected anew
+    frozen_steps: int = 6  # steps in which the mask stays the same
+    obs: bool = False  # True: rank entries as optimal brain surgeon does. False: as Wanda does.
 
 
-# Our own hyperparameters, of the method "admm-obs".
+# Our own hyperparameters: those of the method "admm-obs".
 OBS = ADMMConfig(rho=0.7, growing_steps=4, moving_steps=8, frozen_steps=5, obs=True)
 
 
@@ -85,24 +85,24 @@ def prune_weight(
     gram = gram.float()
     norms = clamped_norms(gram.diagonal(), floor=1e-8)  # (in,): ||x|| of each input feature
     A = gram.diagonal_scatter((1 + config.damping) * norms**2)  # (in, in): G with damping
-    # We divide the features by d, so that one rho suits them all, and multiply W by d, so that the
-    # outputs stay the same. The entries with the smallest magnitudes in W0 = W d are pruned, so d
-    # also decides what an entry is worth.
-    d = norms  # |W0| is Wanda's score
+    # Each feature is divided by its d, so that one rho suits all features, and each column of W is
+    # multiplied by it, so that the outputs stay the same. The smallest magnitudes of W0 = W d are
+    # pruned. So d also decides what an entry is worth.
+    d = norms  # then |W0| is Wanda's score
     if config.obs:
         # Removing W_ij costs W_ij^2 / [A^-1]_jj if the other entries of its row adapt to it
         # (optimal brain surgeon). With this d, the cost is the square of the entry of W0.
         d = inverse(A).diagonal().rsqrt()
     A = A / d / d[:, None]
     W0 = weight.float() * d  # (out, in)
-    # The penalty is relative to the mean diagonal of A without the damping. With Wanda's d this
-    # mean is 1, as in the paper.
+    # With Wanda's d, the diagonal of A is 1 + damping, and rho is config.rho, as in the paper. With
+    # the other d, the diagonal is larger, and rho grows with its mean.
     rho = config.rho * A.diagonal().mean() / (1 + config.damping)
     R = rho * inverse(A.diagonal_scatter(A.diagonal() + rho))  # rho (A + rho I)^-1
 
     # ADMM has two copies of W0: V reconstructs the outputs, and Z has the zeros. U, the scaled dual
     # variable, is the sum of V - Z over the steps so far.
-    Z = W0  # so that V is W0 in step 1: the first mask is selected from the dense weight
+    Z = W0  # Therefore V is W0 in step 1, and the first mask is selected from the dense weight.
     U = torch.zeros_like(W0)
     selecting_steps = config.growing_steps + config.moving_steps
     steps = selecting_steps + config.frozen_steps
@@ -113,10 +113,10 @@ def prune_weight(
         # W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
         if mask is None or step <= selecting_steps:
-            # To select entries in another way, replace this call. It gets the scaled weight, whose
-            # magnitudes say what the entries are worth, and returns True where an entry is kept.
             growth = step / config.growing_steps if step < config.growing_steps else 1.0
             share = 1 - (1 - growth) ** 3  # paper, section 4
+            # To select entries in another way, replace this call. It gets a scaled weight, whose
+            # magnitudes say what the entries are worth, and returns True where an entry is kept.
             mask = select_mask(V + U, sparsity, pattern, share)
         Z = (V + U) * mask
         U = U + V - Z
@@ -126,10 +126,10 @@ def prune_weight(
 def clamped_norms(squares: Tensor, floor: float) -> Tensor:
     """Return the square roots of sums of squares, each raised to at least `floor` times their mean.
 
-    Without this, the norm of a feature that was never active would be 0, and it is a divisor.
+    A feature that was never active has the norm 0, and the solver divides by norms.
     """
     norms = squares.sqrt()
-    return norms.clamp(min=floor * float(norms.mean()) + 1e-12)  # 1e-12 if all of them are 0
+    return norms.clamp(min=floor * float(norms.mean()) + 1e-12)  # 1e-12: all of them may be 0
 
 
 def inverse(A: Tensor) -> Tensor:
@@ -146,8 +146,8 @@ def select_mask(
     each row. With a pattern (N, M), which overrides `sparsity`, it is False at all entries but the
     N largest of each group of M.
 
-    A gradual mask has a `share` below 1: it is False only at this share of these entries, at the
-    smallest of the whole matrix.
+    A `share` below 1 is for a gradual mask: of the entries above, only this share is False, namely
+    the smallest of the whole matrix.
 
     Raises: ValueError if sparsity or pattern is invalid.
     """
@@ -160,7 +160,7 @@ def select_mask(
             raise ValueError(f"in_features={scores.shape[1]} is not divisible by {M=}")
         sparsity = 1 - N / M
         groups = scores.unflatten(1, (-1, M))  # (out, in / M, M)
-        # The N largest of each group never count among the smallest of the matrix.
+        # The N largest of each group are never among the smallest of the matrix.
         scores = groups.scatter(2, groups.topk(N).indices, torch.inf)
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
@@ -438,8 +438,8 @@ def correct_weight(
 ) -> Tensor:
     """Return W changed so that its output X W^T makes up for a part of an output error E.
 
-    E, (tokens, out_features), is what the output lacks, since earlier layers are pruned: the output
-    of the dense model minus the output here. The result adds a ridge regression of E on X to W:
+    E, (tokens, out_features), is the output in the dense model minus the output here, where earlier
+    layers are pruned. The result adds a part of the ridge regression of E on X to W:
 
         W + strength * E^T X (G + ridge * D)^-1
 
@@ -475,9 +475,10 @@ def find_output_linear(call: "BlockCall", states: Tensor) -> str | None:
     # or a multiplier behind the layer changes that.
     key = f"{last.name}.weight"
     gain = call(states, **{key: 8 * call.block.get_parameter(key)}).float() - after
-    # Rounding in 16 bits makes a relative difference of up to 0.05; that of a norm or a multiplier
-    # is 0.2 or more in the models that were tried. With 0 W instead of 8 W, rounding would matter
-    # more. If 8 W overflows, the difference is not a number, and the layer is one like the others.
+    # The limit of 0.1 stands between two effects. Rounding in 16 bits makes a relative difference
+    # of up to 0.05. A norm or a multiplier makes one of 0.2 or more, in the models that were tried.
+    # (With 0 W instead of 8 W, rounding would matter more.) If 8 W overflows, the difference is not
+    # a number, and the layer is treated like the others.
     return last.name if relative_difference(gain, 7 * output) < 0.1 else None
 
 
@@ -515,6 +516,8 @@ def measure_row_weights(
         torch.set_grad_enabled(True)
 
     for number, ids in enumerate(tqdm(tokens[:ROW_WEIGHT_SEQUENCES].to(device), "row weights")):
+        # `record_calls` moves the model back when it is done. The first of these contexts keeps the
+        # head on the device, until its gradient is taken.
         with (
             eval_ppl.offload_blocks(model, device),
             calls[-1].block.register_forward_hook(start_graph),
@@ -524,7 +527,8 @@ def measure_row_weights(
             # The sum, since the gradients of a mean over tokens vanish in float16.
             loss = F.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="sum")
             [gradient] = torch.autograd.grad(loss, last_states.pop())
-        # The gradient by the hidden states goes back from block to block.
+        # Now `gradient` is that by the hidden states after the last block. Each turn of the loop
+        # takes it from the states after a block to those before it.
         inputs = [states[number], *outputs[:-1]]
         for call in reversed(calls):
             before = inputs[call.index].requires_grad_()
@@ -534,9 +538,8 @@ def measure_row_weights(
             [gradient] = torch.autograd.grad(after, before, gradient.to(device))
             call.block.cpu()
             for product in recorder.products:
-                for by_output in product.gradients:
-                    square = by_output.float().square().flatten(0, -2).sum(0)
-                    squares[call.index, product.name] += square
+                for dY in product.gradients:
+                    squares[call.index, product.name] += dY.float().square().flatten(0, -2).sum(0)
     return {key: clamped_norms(sums, floor=0.01)[:, None] for key, sums in squares.items()}
 
 
@@ -548,11 +551,11 @@ class Product:
     """A product X W^T within a block. X and Y are copies: the block may change its own in place."""
 
     name: str  # of the layer, within the block
-    is_expert: bool  # of a mixture: the name has a number in it, as experts.3
+    is_expert: bool  # whether the name has a number in it, as experts.3 of a mixture has
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32
     Y: Tensor  # the product, plus a bias if there is one, (tokens, out_features) float32
-    gradients: list[Tensor]  # by the product, (..., out_features); empty until it is differentiated
+    gradients: list[Tensor]  # by Y, (..., out_features), once a backward pass has computed it
 
 
 class ProductRecorder(TorchFunctionMode):
@@ -627,9 +630,9 @@ class ProductRecorder(TorchFunctionMode):
 class BlockCall:
     """A decoder block, and what the model hands to it besides the hidden states, such as masks."""
 
-    index: int
+    index: int  # of the block
     block: nn.Module
-    args: tuple
+    args: tuple  # positional arguments after the hidden states
     kwargs: dict
 
     def __call__(self, states: Tensor, **replaced: Tensor) -> Tensor:
@@ -710,13 +713,11 @@ def checked_calls(
     `states` are the hidden states of the first sequence before block 0.
     """
     second = tokens[-1:].flip(1)  # reversed, so that it differs from the first sequence
-    calls, outputs, _ = record_calls(model, tokens[:1], device)
-    _, second_outputs, _ = record_calls(model, second, device)
+    forwards = tqdm((tokens[:1], second), "recording calls")
+    (calls, outputs, _), (_, others, _) = [record_calls(model, ids, device) for ids in forwards]
     replayed = [states, *embed(model, second, device)]
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    for call, *own_states in zip(
-        tqdm(calls, "checking blocks"), outputs, second_outputs, strict=True
-    ):
+    for call, *own_states in zip(tqdm(calls, "checking blocks"), outputs, others, strict=True):
         call.block.to(device)
         # As in pruning, both sequences go through a block before the next one. If blocks share a
         # cache of keys and values, the sequences get mixed, and their states differ.
@@ -764,7 +765,8 @@ def prune_and_save(args: argparse.Namespace) -> None:
         model = eval_ppl.load_model(args.model, args.dtype, device)
         prune = partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern)
         results = prune_model(model, tokens, prune, args.error_propagation, device)
-        model.to(model.config.dtype)  # the checkpoint's; a CPU computes in float32
+        if model.dtype != model.config.dtype:  # the checkpoint's; a CPU computes in float32
+            model.to(model.config.dtype)
         report = {
             "arguments": vars(args),
             "sparsity": eval_ppl.measure_sparsity(model),

@@ -707,10 +707,9 @@ def test_what_goes_wrong_in_a_layer_names_it():
             prune_tiny(make_model().half(), prune)
     with pytest.raises(ValueError, match="^block 0: self_attn.q_proj: .* mapping"):
         prune_tiny(make_model(), options=lambda block, name: 5)
-    gram = torch.full((3, 3), math.nan)
     with pytest.raises(ValueError, match="^block 4: up_proj: the inputs are NaN or infinite"):
-        linear = ap.CalibratedLinear(4, "up_proj", torch.ones(2, 3), {}, 1, gram)
-        ap.prune_linear(linear, ap.wanda, {})
+        nan = torch.full((3, 3), math.nan)
+        ap.prune_linear(ap.CalibratedLinear(4, "up_proj", nan, {}, 1, nan), ap.wanda, {})
 
 
 def test_blocks_that_change_their_input_in_place_are_pruned_like_others():
@@ -830,9 +829,8 @@ def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
     assert list(tmp_path.iterdir()) == [out]
     report = json.loads((out / "pruning_report.json").read_text())
     assert report["sparsity"]["self_attn.q_proj.weight"] == 0.5
-    assert len(report["linears"]) == 21
-    rows = {(r["sparsity"], r["num_tokens"], r["is_corrected"]) for r in report["linears"]}
-    assert rows == {(0.5, 8 * 64, False)}
+    rows = [(r["sparsity"], r["num_tokens"], r["is_corrected"]) for r in report["linears"]]
+    assert rows == [(0.5, 8 * 64, False)] * 21
     model = hf.AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16  # that of the checkpoint
     for linear in find_linears(model.model.layers).values():
