@@ -531,7 +531,7 @@ def measure_row_weights(
         # takes it from the states after a block to those before it.
         inputs = [states[number], *outputs[:-1]]
         for call in reversed(calls):
-            before = inputs[call.index].requires_grad_()
+            before = inputs[call.index].detach().requires_grad_()
             call.block.to(device)
             with torch.enable_grad(), ProductRecorder(call.block) as recorder:
                 after = call(before)
