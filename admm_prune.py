@@ -11,7 +11,9 @@ For each linear layer with weight W and calibration inputs X, we look for a spar
 
 The default is the algorithm of "Fast and Effective Weight Update for Pruned Large Language Models"
 (Vladimír Boža, TMLR 2024, arXiv 2401.02938): ADMM with a gradual mask, which the paper calls
-ADMM-Grad. `--method admm-obs --error-propagation` is better, and is ours.
+ADMM-Grad. Our `--method admm-obs --error-propagation` is better. `admm-obs` has other constants and
+another rule for what an entry is worth. Error propagation looks beyond the single layer, by any
+method: it corrects each layer for the errors of earlier blocks, and weighs its rows by the loss.
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, then `prune_model`, the
@@ -820,12 +822,12 @@ def main() -> None:
     add = cli.add_argument
     model = cli.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help=eval_ppl.MODEL_HELP)
-    model.add_argument("--demo", action="store_true", help="compare methods on a small LLaMA")
+    model.add_argument("--demo", action="store_true", help="compare methods on smollm2")
     amount = cli.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros; default: 0.5")
     amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help="keep N of M entries")
     add("--method", choices=METHODS, default="admm-grad", help="default: admm-grad, the paper's")
-    add("--error-propagation", action="store_true", help="better, by any method; see above")
+    add("--error-propagation", action="store_true", help="look beyond the single layer")
     add("--calibration", default="c4", help="c4 (the default), wikitext2 or a text file")
     add("--nsamples", type=int, default=128, help="calibration sequences; default: 128")
     add("--seqlen", type=int, default=2048, help="tokens in each of them; default: 2048")
