@@ -52,7 +52,7 @@ class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are those of the paper."""
 
     damping: float = 0.1  # share by which the diagonal of the Gram matrix grows; G may be singular
-    rho: float = 1.0  # penalty, relative to the mean diagonal of the scaled Gram matrix
+    rho: float = 1.0  # penalty, relative to the mean diagonal of the scaled G before damping
     growing_steps: int = 15  # steps in which the sparsity grows to its final value
     moving_steps: int = 0  # steps at the final sparsity in which the mask is still selected anew
     frozen_steps: int = 6  # steps in which the mask stays the same
@@ -73,8 +73,8 @@ def prune_weight(
     Args:
         weight: W, (out_features, in_features), any float dtype.
         gram: G = X^T X over all calibration tokens, (in_features, in_features).
-        sparsity: share of zeros, from 0 to below 1. Exactly round(sparsity * numel) entries of the
-            whole matrix become 0; rows may have different numbers of zeros.
+        sparsity: share of zeros, from 0 to below 1. The mask prunes round(sparsity * numel) entries
+            of the whole matrix; rows may have different numbers of zeros.
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and ADMM then only optimises the values of the kept entries.
@@ -114,7 +114,7 @@ def prune_weight(
         # The paper has V = (W0 A + rho (Z - U)) (A + rho I)^-1. This is the same, since
         # W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
-        if mask is None or step <= selecting_steps:
+        if mask is None or step <= selecting_steps:  # a config may have no selecting steps
             growth = step / config.growing_steps if step < config.growing_steps else 1.0
             share = 1 - (1 - growth) ** 3  # paper, section 4
             # To select entries in another way, replace this call. It gets a scaled weight, whose
@@ -194,8 +194,9 @@ def sparsegpt(
     W[:, never_active] = 0
     diagonal[never_active] = 1
     diagonal += 0.01 * diagonal.mean()
-    # Row j of this upper triangular matrix, times its entry jj, is the first row of
-    # (H[j:, j:])^-1. Removing an entry w of column j therefore costs (w / chol_jj)^2, if the
+    # The upper triangular factor, H^-1 = chol^T chol. Its lower right corners are the factors of
+    # smaller inverses: (H[j:, j:])^-1 = chol[j:, j:]^T chol[j:, j:], with the first row chol_jj
+    # times row j of chol. Removing an entry w of column j therefore costs (w / chol_jj)^2, if the
     # columns from j on change by -w / chol_jj times row j of chol (equation 3 of the paper).
     chol = torch.linalg.cholesky(inverse(H), upper=True)
     width = pattern[1] if pattern else 128
@@ -254,7 +255,11 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 
 @dataclass
 class CalibratedLinear:
-    """A linear layer, or an expert of a mixture, with sums over its calibration tokens."""
+    """A linear layer, or an expert of a mixture, with sums over its calibration tokens.
+
+    X are the inputs, (tokens, in_features), in the model that is being pruned. E, (tokens,
+    out_features), is what the outputs lack there, compared with the dense model.
+    """
 
     block: int
     name: str  # within the block
@@ -265,7 +270,6 @@ class CalibratedLinear:
     EtX: Tensor | float = 0.0  # E^T X, (out_features, in_features) float32, if E is known
 
     def add(self, X: Tensor, E: Tensor | None = None) -> None:
-        """Add tokens: inputs X, (tokens, in_features), and what their outputs lack, E, if known."""
         self.num_tokens += len(X)
         self.gram += X.T @ X
         if E is not None:
@@ -287,8 +291,9 @@ def prune_model(
         prune_model(model, tokens, partial(sparsegpt, sparsity=0.6))
 
     Args:
-        model: a Hugging Face decoder-only model. It is moved to the host, and set to evaluation
-            mode and eager experts. After an exception it may be pruned in part.
+        model: a Hugging Face decoder-only model. It is moved to the host and set to evaluation
+            mode, and its experts are set to run without fused kernels. After an exception it may be
+            pruned in part, with a block left on the device.
         tokens: calibration tokens, (sequences, seqlen) int64.
         prune: the method, one of this file or your own. prune(weight, gram) gets a weight,
             (out_features, in_features), and the Gram matrix of its inputs, (in_features,
@@ -373,6 +378,7 @@ def collect_linears(
                     options=options(call.index, product.name),
                 )
             E = None
+            # Layers that are no experts are used in the same order in both models.
             if dense_outputs and not product.is_expert:
                 E = dense_outputs.pop(0) - product.Y
             linear = linears[product.name]
@@ -493,33 +499,37 @@ def measure_row_weights(
 ) -> dict[tuple[int, str], Tensor]:  # fmt: skip
     """Return how much the loss of the dense model depends on the outputs of each linear layer.
 
-    The keys are (block, name), and the values are r, (out_features, 1), in any scale, with
+    The keys are (block, name), and the values are r, (out_features, 1), with
 
         r_i^2 = sum over tokens of (d loss / d output_i)^2,
 
-    the diagonal of the Fisher information of the outputs. A method gets r W instead of W, and its
-    result is divided by r, so rows that matter more keep more entries. No r_i is smaller than a
-    hundredth of their mean. Experts have no row weights, nor do layers on which the loss does not
-    depend.
+    the diagonal of the empirical Fisher information of the outputs. A method gets r W instead of W,
+    and its result is divided by r, so rows that matter more keep more entries. Only the ratios of
+    the r_i matter. No r_i is smaller than a hundredth of their mean.
 
-    The diagonal Fisher information is that of optimal brain damage (LeCun et al., 1989). Wanda++
-    (Yang et al., arXiv 2503.04992) and GBLM-Pruner (Das et al., arXiv 2311.04902) rank by gradients
-    of the weights.
+    Experts have no row weights. Neither have layers on which the loss does not depend, nor weights
+    that stand on the left of their product (`dt_proj` of Mamba).
 
-    `states` are the hidden states of each sequence before block 0. The backward pass goes through
-    the blocks one by one, so that the GPU holds only one of them at a time.
+    Optimal brain damage (LeCun et al., 1989) weighs single entries by second derivatives of the
+    loss. Wanda++ (Yang et al., arXiv 2503.04992) and GBLM-Pruner (Das et al., arXiv 2311.04902)
+    rank them by gradients.
+
+    `states` are the hidden states of each sequence before block 0. There is one forward and one
+    backward pass for each sequence. The latter goes through the blocks one by one, so that the GPU
+    holds only one of them at a time.
     """
     squares = defaultdict(float)  # (block, name) -> sum over tokens, (out_features,)
     last_states = []
 
     def start_graph(block, args, output):
         # What the model computes from here on, the last norm and the head, can be differentiated.
+        # When the `no_grad` below ends, it restores the mode.
         last_states.append(states_of(output).requires_grad_())
         torch.set_grad_enabled(True)
 
     for number, ids in enumerate(tqdm(tokens[:ROW_WEIGHT_SEQUENCES].to(device), "row weights")):
-        # `record_calls` moves the model back when it is done. The first of these contexts keeps the
-        # head on the device, until its gradient is taken.
+        # `record_calls` offloads the blocks by itself, and moves the head back to the host at its
+        # end. The same context around it keeps the head on the device for the gradient.
         with (
             eval_ppl.offload_blocks(model, device),
             calls[-1].block.register_forward_hook(start_graph),
@@ -529,8 +539,8 @@ def measure_row_weights(
             # The sum, since the gradients of a mean over tokens vanish in float16.
             loss = F.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="sum")
             [gradient] = torch.autograd.grad(loss, last_states.pop())
-        # Now `gradient` is that by the hidden states after the last block. Each turn of the loop
-        # takes it from the states after a block to those before it.
+        # Now `gradient` is d loss / d (hidden states after the last block). Each turn of the loop
+        # takes it back from the states after a block to those before it.
         inputs = [states[number], *outputs[:-1]]
         for call in reversed(calls):
             before = inputs[call.index].detach().requires_grad_()
@@ -557,7 +567,7 @@ class Product:
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32
     Y: Tensor  # the product, plus a bias if there is one, (tokens, out_features) float32
-    gradients: list[Tensor]  # by Y, (..., out_features), once a backward pass has computed it
+    gradients: list[Tensor]  # empty, or after a backward pass d loss / d Y, (..., out_features)
 
 
 class ProductRecorder(TorchFunctionMode):
@@ -587,13 +597,15 @@ class ProductRecorder(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        # torch.matmul(x, w), x.matmul(w) and x @ w all have the name matmul.
+        # torch.matmul(x, w), x.matmul(w) and x @ w all have the name matmul. The factors are taken
+        # to be positional arguments.
         if function.__name__ == "linear":
             self.record(args[0], args[1], output)
         elif function.__name__ in ("addmm", "mm", "bmm", "matmul"):
             left, right = args[-2:]  # the first argument of addmm is the bias
             if left.ndim > 1 and right.ndim > 1:
-                # Either factor may be the weight. The left one is in Mamba.
+                # Either factor may be the weight. If it is the left one, as in Mamba, the transpose
+                # of the output is the product of right.mT, the input, and left.mT.
                 self.record(left, right.mT, output)
                 self.record(right.mT, left, output.mT)
         return output
@@ -715,18 +727,21 @@ def checked_calls(
     `states` are the hidden states of the first sequence before block 0.
     """
     second = tokens[-1:].flip(1)  # reversed, so that it differs from the first sequence
-    forwards = tqdm((tokens[:1], second), "recording calls")
-    (calls, outputs, _), (_, others, _) = [record_calls(model, ids, device) for ids in forwards]
+    recorded = [
+        record_calls(model, ids, device) for ids in tqdm((tokens[:1], second), "recording calls")
+    ]
+    calls, outputs, _ = recorded[0]
+    _, second_outputs, _ = recorded[1]
     replayed = [states, *embed(model, second, device)]
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    for call, *own_states in zip(tqdm(calls, "checking blocks"), outputs, others, strict=True):
+    for call in tqdm(calls, "checking blocks"):
         call.block.to(device)
         # As in pruning, both sequences go through a block before the next one. If blocks share a
         # cache of keys and values, the sequences get mixed, and their states differ.
         replayed = [to_host(call(before)) for before in replayed]
         call.block.cpu()
-        for after, own in zip(replayed, own_states, strict=True):
-            difference = relative_difference(after, own)
+        for after, own in zip(replayed, (outputs, second_outputs), strict=True):
+            difference = relative_difference(after, own[call.index])
             if not difference <= tolerance:  # NaN is not, either
                 raise ValueError(f"block {call.index} differs by {difference:.2g} if called alone")
     return calls
@@ -778,7 +793,9 @@ def prune_and_save(args: argparse.Namespace) -> None:
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
         (output / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
-        if folder.exists():  # another run was faster: a finished model is not lost
+        if (
+            folder.exists()
+        ):  # Another run was faster, so this model gets a name with random letters.
             folder = Path(temporary).with_suffix("")
         output.rename(folder)
     for name, share in report["sparsity"].items():
