@@ -114,7 +114,7 @@ def prune_weight(
         # The paper has V = (W0 A + rho (Z - U)) (A + rho I)^-1. This is the same, since
         # W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
-        if mask is None or step <= selecting_steps:  # a config may have no selecting steps
+        if mask is None or step <= selecting_steps:  # step 1 selects a mask in any case
             growth = step / config.growing_steps if step < config.growing_steps else 1.0
             share = 1 - (1 - growth) ** 3  # paper, section 4
             # To select entries in another way, replace this call. It gets a scaled weight, whose
@@ -276,6 +276,7 @@ class CalibratedLinear:
             self.EtX += E.T @ X
 
 
+@torch.inference_mode(False)  # which would rule out gradients
 @torch.no_grad()
 def prune_model(
     model: nn.Module, tokens: Tensor, prune: Callable[..., Tensor], error_propagation: bool = False,
@@ -412,11 +413,10 @@ def prune_linear(
     """
     target = linear.weight.to(torch.float32, copy=True)
     r = row_weights.get((linear.block, linear.name), 1)
-    is_corrected = isinstance(linear.EtX, Tensor)
     try:
         if not linear.gram.isfinite().all():
             raise ValueError("the inputs are NaN or infinite")
-        if is_corrected:
+        if isinstance(linear.EtX, Tensor):
             target = correct_weight(target, linear.gram, linear.EtX)
         # The method gets a copy, contiguous also where the model has the weight transposed.
         pruned = prune((target * r).contiguous(), linear.gram, **linear.options)
@@ -425,7 +425,7 @@ def prune_linear(
         pruned = (pruned / r).to(linear.weight.dtype)
         if not pruned.isfinite().all():
             raise ValueError(f"the pruned weights are NaN or overflow {pruned.dtype}")
-    except (TypeError, ValueError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
+    except Exception as error:  # of the method, perhaps of a user
         raise ValueError(f"block {linear.block}: {linear.name}: {error}") from error
     linear.weight.copy_(pruned)
     return {
@@ -433,7 +433,7 @@ def prune_linear(
         "name": linear.name,
         "sparsity": int((pruned == 0).sum()) / pruned.numel(),
         "error": measure_error(target, pruned, linear.gram),
-        "is_corrected": is_corrected,
+        "is_corrected": isinstance(linear.EtX, Tensor),
         "num_tokens": linear.num_tokens,
     }
 
@@ -539,6 +539,7 @@ def measure_row_weights(
             # The sum, since the gradients of a mean over tokens vanish in float16.
             loss = F.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="sum")
             [gradient] = torch.autograd.grad(loss, last_states.pop())
+            del logits  # 0.5 GB for the vocabulary of LLaMA-3
         # Now `gradient` is d loss / d (hidden states after the last block). Each turn of the loop
         # takes it back from the states after a block to those before it.
         inputs = [states[number], *outputs[:-1]]
@@ -728,10 +729,11 @@ def checked_calls(
     """
     second = tokens[-1:].flip(1)  # reversed, so that it differs from the first sequence
     recorded = [
-        record_calls(model, ids, device) for ids in tqdm((tokens[:1], second), "recording calls")
+        record_calls(model, ids, device)[:2]
+        for ids in tqdm((tokens[:1], second), "recording calls")
     ]
-    calls, outputs, _ = recorded[0]
-    _, second_outputs, _ = recorded[1]
+    calls, outputs = recorded[0]
+    _, second_outputs = recorded[1]
     replayed = [states, *embed(model, second, device)]
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
     for call in tqdm(calls, "checking blocks"):
@@ -782,8 +784,9 @@ def prune_and_save(args: argparse.Namespace) -> None:
         model = eval_ppl.load_model(args.model, args.dtype, device)
         prune = partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern)
         results = prune_model(model, tokens, prune, args.error_propagation, device)
-        if model.dtype != model.config.dtype:  # the checkpoint's; a CPU computes in float32
-            model.to(model.config.dtype)
+        # A CPU computes in float32. What is saved has the dtypes of the checkpoint.
+        for tensor, dtype in zip(eval_ppl.tensors_of(model), model.stored_dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
         report = {
             "arguments": vars(args),
             "sparsity": eval_ppl.measure_sparsity(model),
@@ -793,9 +796,8 @@ def prune_and_save(args: argparse.Namespace) -> None:
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
         (output / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
-        if (
-            folder.exists()
-        ):  # Another run was faster, so this model gets a name with random letters.
+        # If another run has made the folder meanwhile, this model gets a name with random letters.
+        if folder.exists():
             folder = Path(temporary).with_suffix("")
         output.rename(folder)
     for name, share in report["sparsity"].items():
@@ -839,7 +841,9 @@ def main() -> None:
     add = cli.add_argument
     model = cli.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help=eval_ppl.MODEL_HELP)
-    model.add_argument("--demo", action="store_true", help="compare methods on smollm2")
+    model.add_argument(
+        "--demo", action="store_true", help="compare methods on smollm2, at an amount"
+    )
     amount = cli.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros; default: 0.5")
     amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help="keep N of M entries")

