@@ -52,7 +52,9 @@ class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are those of the paper."""
 
     damping: float = 0.1  # share by which the diagonal of the Gram matrix grows; G may be singular
-    rho: float = 1.0  # penalty, relative to the mean diagonal of the scaled G before damping
+    rho: float = (
+        1.0  # penalty, as a multiple of mean(diag(A)) / (1 + damping), which is 1 unless obs
+    )
     growing_steps: int = 15  # steps in which the sparsity grows to its final value
     moving_steps: int = 0  # steps at the final sparsity in which the mask is still selected anew
     frozen_steps: int = 6  # steps in which the mask stays the same
@@ -109,12 +111,12 @@ def prune_weight(
     selecting_steps = config.growing_steps + config.moving_steps
     steps = selecting_steps + config.frozen_steps
     if mask is not None:
-        selecting_steps = 0
+        selecting_steps = 0  # The given mask stays, in as many steps.
     for step in range(1, steps + 1):
         # The paper has V = (W0 A + rho (Z - U)) (A + rho I)^-1. This is the same, since
         # W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
-        if mask is None or step <= selecting_steps:  # step 1 selects a mask in any case
+        if mask is None or step <= selecting_steps:
             growth = step / config.growing_steps if step < config.growing_steps else 1.0
             share = 1 - (1 - growth) ** 3  # paper, section 4
             # To select entries in another way, replace this call. It gets a scaled weight, whose
@@ -148,8 +150,8 @@ def select_mask(
     each row. With a pattern (N, M), which overrides `sparsity`, it is False at all entries but the
     N largest of each group of M.
 
-    A `share` below 1 is for a gradual mask: of the entries above, only this share is False, namely
-    the smallest of the whole matrix.
+    A `share` below 1 is for a gradual mask: of the entries that are False at share 1, only this
+    share is False, namely the smallest of the whole matrix.
 
     Raises: ValueError if sparsity or pattern is invalid.
     """
@@ -162,7 +164,7 @@ def select_mask(
             raise ValueError(f"in_features={scores.shape[1]} is not divisible by {M=}")
         sparsity = 1 - N / M
         groups = scores.unflatten(1, (-1, M))  # (out, in / M, M)
-        # The N largest of each group are never among the smallest of the matrix.
+        # With infinity as their scores, the N largest of each group are not selected below.
         scores = groups.scatter(2, groups.topk(N).indices, torch.inf)
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
@@ -194,10 +196,10 @@ def sparsegpt(
     W[:, never_active] = 0
     diagonal[never_active] = 1
     diagonal += 0.01 * diagonal.mean()
-    # The upper triangular factor, H^-1 = chol^T chol. Its lower right corners are the factors of
-    # smaller inverses: (H[j:, j:])^-1 = chol[j:, j:]^T chol[j:, j:], with the first row chol_jj
-    # times row j of chol. Removing an entry w of column j therefore costs (w / chol_jj)^2, if the
-    # columns from j on change by -w / chol_jj times row j of chol (equation 3 of the paper).
+    # The upper triangular factor: H^-1 = chol^T chol. Its lower right corners are the factors of
+    # smaller inverses: (H[j:, j:])^-1 = chol[j:, j:]^T chol[j:, j:]. The first row of this inverse
+    # is chol_jj chol[j, j:]. So removing an entry w of column j costs (w / chol_jj)^2 and changes
+    # the columns from j on by -(w / chol_jj) chol[j, j:] (equation 3 of the paper).
     chol = torch.linalg.cholesky(inverse(H), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, len(H), width):
@@ -276,7 +278,7 @@ class CalibratedLinear:
             self.EtX += E.T @ X
 
 
-@torch.inference_mode(False)  # which would rule out gradients
+@torch.inference_mode(False)  # the inference mode of a caller would rule out gradients
 @torch.no_grad()
 def prune_model(
     model: nn.Module, tokens: Tensor, prune: Callable[..., Tensor], error_propagation: bool = False,
@@ -322,8 +324,9 @@ def prune_model(
     model.cpu().eval()
     model.set_experts_implementation("eager")  # fused kernels would hide the products
     pruned_states = embed(model, tokens, device)  # of each sequence, before the current block
+    # A `BlockCall` is a block with its other arguments, such as masks; call(states) runs it.
     calls = checked_calls(model, tokens, pruned_states[0], device)
-    dense_states = []  # the same in the dense model; empty without error propagation
+    dense_states = []  # those of the dense model; there are none without error propagation
     row_weights = {}
     if error_propagation:
         dense_states = pruned_states
@@ -332,13 +335,13 @@ def prune_model(
     for call in tqdm(calls, "pruning blocks"):
         call.block.to(device)
         output_name = find_output_linear(call, pruned_states[0]) if error_propagation else None
-        # The block is still dense, and the hidden states of both models go through it.
+        # The block is still dense. The hidden states of the dense model go through it here.
         linears, dense_states = collect_linears(
             call, pruned_states, dense_states, options, output_name
         )
         output_linear = linears.pop(output_name, None)
         for name in list(linears):
-            linear = linears.pop(name)  # so that its sums are freed
+            linear = linears.pop(name)  # pop, so that its sums are freed before the next layer
             results.append(prune_linear(linear, prune, row_weights))
         if output_linear is not None:
             collect_output_linear(output_linear, call, pruned_states, dense_states)
@@ -363,7 +366,7 @@ def collect_linears(
     linears = {}
     dense_after = []
     for number, states in enumerate(pruned_states):
-        dense_outputs = []  # Y of each product, but for experts: they get other tokens
+        dense_outputs = []  # Y of each product, except those of experts, which get other tokens
         if dense_states:
             with ProductRecorder(call.block) as recorder:
                 dense_after.append(to_host(call(dense_states[number])))
@@ -379,7 +382,7 @@ def collect_linears(
                     options=options(call.index, product.name),
                 )
             E = None
-            # Layers that are no experts are used in the same order in both models.
+            # Layers that are no experts run in the same order in both models.
             if dense_outputs and not product.is_expert:
                 E = dense_outputs.pop(0) - product.Y
             linear = linears[product.name]
@@ -447,7 +450,7 @@ def correct_weight(
     """Return W changed so that its output X W^T makes up for a part of an output error E.
 
     E, (tokens, out_features), is the output in the dense model minus the output here, where earlier
-    layers are pruned. The result adds a part of the ridge regression of E on X to W:
+    blocks are pruned. The result adds a part of the ridge regression of E on X to W:
 
         W + strength * E^T X (G + ridge * D)^-1
 
@@ -514,22 +517,22 @@ def measure_row_weights(
     loss. Wanda++ (Yang et al., arXiv 2503.04992) and GBLM-Pruner (Das et al., arXiv 2311.04902)
     rank them by gradients.
 
-    `states` are the hidden states of each sequence before block 0. There is one forward and one
-    backward pass for each sequence. The latter goes through the blocks one by one, so that the GPU
-    holds only one of them at a time.
+    `states` are the hidden states of each sequence before block 0. For each sequence, a forward
+    pass without gradients keeps the states before each block. Then each block, the last one first,
+    runs again with gradients, so that the GPU holds only one block at a time.
     """
     squares = defaultdict(float)  # (block, name) -> sum over tokens, (out_features,)
     last_states = []
 
     def start_graph(block, args, output):
-        # What the model computes from here on, the last norm and the head, can be differentiated.
-        # When the `no_grad` below ends, it restores the mode.
+        # Gradients are on for the rest of the forward, the last norm and the head. The `no_grad`
+        # below, in which the forward runs, restores the mode when it ends.
         last_states.append(states_of(output).requires_grad_())
         torch.set_grad_enabled(True)
 
     for number, ids in enumerate(tqdm(tokens[:ROW_WEIGHT_SEQUENCES].to(device), "row weights")):
-        # `record_calls` offloads the blocks by itself, and moves the head back to the host at its
-        # end. The same context around it keeps the head on the device for the gradient.
+        # `record_calls` has such an `offload_blocks` of its own, which moves the head to the device
+        # and back. Within this one, the head is on the device already, and stays for the gradient.
         with (
             eval_ppl.offload_blocks(model, device),
             calls[-1].block.register_forward_hook(start_graph),
@@ -568,7 +571,7 @@ class Product:
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32
     Y: Tensor  # the product, plus a bias if there is one, (tokens, out_features) float32
-    gradients: list[Tensor]  # empty, or after a backward pass d loss / d Y, (..., out_features)
+    gradients: list[Tensor]  # a backward pass appends d loss / d Y, (..., out_features)
 
 
 class ProductRecorder(TorchFunctionMode):
@@ -605,8 +608,8 @@ class ProductRecorder(TorchFunctionMode):
         elif function.__name__ in ("addmm", "mm", "bmm", "matmul"):
             left, right = args[-2:]  # the first argument of addmm is the bias
             if left.ndim > 1 and right.ndim > 1:
-                # Either factor may be the weight. If it is the left one, as in Mamba, the transpose
-                # of the output is the product of right.mT, the input, and left.mT.
+                # Either factor may be the weight W: output = left @ W.mT with W = right.mT, or
+                # output.mT = right.mT @ W.mT with W = left, as in Mamba. `record` ignores the other.
                 self.record(left, right.mT, output)
                 self.record(right.mT, left, output.mT)
         return output
@@ -614,8 +617,8 @@ class ProductRecorder(TorchFunctionMode):
     def record(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
         """Record the product x @ weight.mT, if the weight is one of the block."""
         if weight.ndim == 3 and (weight.data_ptr(), weight.shape[1:].numel()) in self.names:
-            # All experts at once, as in Llama 4. x is (experts, tokens, in_features), with a row of
-            # zeros where a token goes to other experts.
+            # This is the key of expert 0: the weight is a whole stack of experts, as in Llama 4. x
+            # is (experts, tokens, in_features), with a row of zeros where a token goes elsewhere.
             for x_of_expert, expert, y in zip(
                 x.expand(len(weight), -1, -1), weight, output, strict=True
             ):
@@ -624,7 +627,7 @@ class ProductRecorder(TorchFunctionMode):
             return
         name = self.names.get((weight.data_ptr(), weight.numel()))
         if name is None or weight.ndim != 2 or x.numel() == 0:
-            return  # not a weight, a part of one, or an expert that no token reaches
+            return  # no weight of the block, or a part of one, or an expert without tokens
         product = Product(
             name=name,
             is_expert=any(part.isdigit() for part in name.split(".")),
@@ -634,7 +637,9 @@ class ProductRecorder(TorchFunctionMode):
             gradients=[],
         )
         self.products.append(product)
-        if output.requires_grad and not product.is_expert:  # for `measure_row_weights`
+        # For `measure_row_weights`. If the weight was the left factor, `output` is a new transpose
+        # through which no gradient flows, and nothing is appended.
+        if output.requires_grad and not product.is_expert:
             output.register_hook(product.gradients.append)
 
 
@@ -727,7 +732,7 @@ def checked_calls(
 
     `states` are the hidden states of the first sequence before block 0.
     """
-    second = tokens[-1:].flip(1)  # reversed, so that it differs from the first sequence
+    second = tokens[-1:].flip(1)  # reversed, since the last sequence may be the first one
     recorded = [
         record_calls(model, ids, device)[:2]
         for ids in tqdm((tokens[:1], second), "recording calls")
@@ -744,7 +749,7 @@ def checked_calls(
         call.block.cpu()
         for after, own in zip(replayed, (outputs, second_outputs), strict=True):
             difference = relative_difference(after, own[call.index])
-            if not difference <= tolerance:  # NaN is not, either
+            if not difference <= tolerance:  # also true for NaN
                 raise ValueError(f"block {call.index} differs by {difference:.2g} if called alone")
     return calls
 
@@ -796,7 +801,8 @@ def prune_and_save(args: argparse.Namespace) -> None:
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
         (output / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
-        # If another run has made the folder meanwhile, this model gets a name with random letters.
+        # If another run has made the folder meanwhile, this model gets the name of the temporary
+        # folder without ".partial", which ends in random letters.
         if folder.exists():
             folder = Path(temporary).with_suffix("")
         output.rename(folder)
@@ -841,9 +847,7 @@ def main() -> None:
     add = cli.add_argument
     model = cli.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help=eval_ppl.MODEL_HELP)
-    model.add_argument(
-        "--demo", action="store_true", help="compare methods on smollm2, at an amount"
-    )
+    model.add_argument("--demo", action="store_true", help="compare the methods on smollm2")
     amount = cli.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros; default: 0.5")
     amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help="keep N of M entries")

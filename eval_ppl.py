@@ -8,7 +8,8 @@ split are joined by blank lines and tokenised once. The tokens are cut into wind
 do not overlap; the last, incomplete one is dropped. Perplexity is exp of the mean negative
 log-likelihood.
 
-This file knows nothing of pruning. `admm_prune.py` imports its texts, loading and devices.
+This file knows nothing of how a model was pruned. `admm_prune.py` imports its texts, loading and
+devices.
 """
 
 import argparse
@@ -45,7 +46,9 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
     device = select_device(device)
     model.eval()
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    windows_at_once = max(1, 2**29 // (vocabulary * tokens.shape[1]))  # 1 GiB of logits in 16 bits
+    windows_at_once = max(
+        1, 2**29 // (vocabulary * tokens.shape[1])
+    )  # 1 GiB of logits, if in 16 bits
     losses = []
     with offload_blocks(model, device):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
@@ -59,9 +62,9 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder blocks: the module list of the decoder that has the most parameters.
+    """Return the decoder blocks: the largest module list in the decoder, by parameters.
 
-    If the decoder has no module list, it is that of the whole model.
+    If the decoder has no module list, return the largest in the whole model.
     """
     for part in (model.get_decoder(), model):
         lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
@@ -89,13 +92,12 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 def offload_blocks(model: nn.Module, device: torch.device):
     """Let a model that lies on the host compute on the device, until the context ends.
 
-    All but the blocks moves to the device at once. A block moves there for its forward. If a GPU
-    has room for the whole model, the block stays there until the context ends; otherwise it goes
-    back at once. Nothing is copied back, since the data on the host have not changed.
+    Everything except the blocks moves to the device at once. A block moves there for its forward.
+    If a GPU has room for the whole model, the block stays there until the context ends; otherwise
+    it goes back at once. Nothing is copied back, since the data on the host have not changed.
     """
-    on_host = {
-        tensor: tensor.data for tensor in tensors_of(model)
-    }  # tensors are told apart by identity
+    # The keys are the tensors themselves, which are told apart by identity.
+    on_host = {tensor: tensor.data for tensor in tensors_of(model)}
     blocks = find_blocks(model)
 
     def move(block, args):
@@ -157,13 +159,16 @@ def locate(name: str) -> dict:
 
 
 def load_tokenizer(name: str, seqlen: int):
-    """Return the tokenizer of a model; raise a ValueError if the model lacks positions."""
+    """Return the tokenizer of a model.
+
+    Raise a ValueError if the model has fewer positions than `seqlen`, before its weights are loaded.
+    """
     check_seqlen(AutoConfig.from_pretrained(**locate(name)), seqlen)
     return AutoTokenizer.from_pretrained(**locate(name))
 
 
 def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
-    """Return the causal LM on the host, ready to compute on the device in one of DTYPES.
+    """Return the causal LM on the host, in one of DTYPES, which may depend on the device.
 
     "auto" is the dtype of the checkpoint, and float32 for a .gguf file. On a CPU, which is slow in
     16 bits, the weights are then converted to float32. `model.stored_dtypes` has the dtypes of all
@@ -219,7 +224,7 @@ def calibration_tokens(
     """
     if source == "c4":
         c4 = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
-        shuffled = c4.shuffle(seed=seed, buffer_size=1000).take(1000 * nsamples)  # or give up
+        shuffled = c4.shuffle(seed=seed, buffer_size=1000).take(1000 * nsamples)  # then give up
         long_enough = []
         for document in tqdm(shuffled, "calibration text"):
             ids = tokenize(tokenizer, document["text"])
@@ -233,7 +238,7 @@ def calibration_tokens(
     if len(long_enough) < nsamples or len(ids) < seqlen:
         raise ValueError(f"{source} lacks text for {nsamples} sequences of {seqlen} tokens")
     if source != "c4" and len(ids) < nsamples * seqlen:
-        print(f"{source} is short: the calibration sequences overlap", file=sys.stderr)
+        print(f"{source} is so short that calibration sequences must overlap", file=sys.stderr)
     generator = torch.Generator().manual_seed(seed)
     starts = [torch.randint(len(ids) - seqlen + 1, (), generator=generator) for ids in long_enough]
     return torch.stack([ids[s : s + seqlen] for ids, s in zip(long_enough, starts, strict=True)])

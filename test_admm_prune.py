@@ -786,7 +786,10 @@ def test_calibration_windows(folder, tokenizer, capsys):
     assert not any((other == row).all(1).any() for row in tokens)
     assert "overlap" not in capsys.readouterr().err
     eval_ppl.calibration_tokens(source, tokenizer, len(windows) // 50 + 2, 50)
-    assert "calibration.txt is short: the calibration sequences overlap" in capsys.readouterr().err
+    assert (
+        "calibration.txt is so short that calibration sequences must overlap"
+        in capsys.readouterr().err
+    )
 
 
 def test_c4_gives_a_crop_of_each_long_document(tokenizer, monkeypatch):
