@@ -609,7 +609,8 @@ class ProductRecorder(TorchFunctionMode):
             left, right = args[-2:]  # the first argument of addmm is the bias
             if left.ndim > 1 and right.ndim > 1:
                 # Either factor may be the weight W: output = left @ W.mT with W = right.mT, or
-                # output.mT = right.mT @ W.mT with W = left, as in Mamba. `record` ignores the other.
+                # output.mT = right.mT @ W.mT with W = left, as in Mamba. `record` ignores the one
+                # that is not.
                 self.record(left, right.mT, output)
                 self.record(right.mT, left, output.mT)
         return output

@@ -161,7 +161,7 @@ def locate(name: str) -> dict:
 def load_tokenizer(name: str, seqlen: int):
     """Return the tokenizer of a model.
 
-    Raise a ValueError if the model has fewer positions than `seqlen`, before its weights are loaded.
+    Raise a ValueError if the model has fewer positions than `seqlen`. Its weights are not loaded.
     """
     check_seqlen(AutoConfig.from_pretrained(**locate(name)), seqlen)
     return AutoTokenizer.from_pretrained(**locate(name))
