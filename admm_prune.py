@@ -525,14 +525,14 @@ def measure_row_weights(
     last_states = []
 
     def start_graph(block, args, output):
-        # Gradients are on for the rest of the forward, the last norm and the head. The `no_grad`
-        # below, in which the forward runs, restores the mode when it ends.
+        # This turns gradients on for the rest of the forward: the last norm and the head. The
+        # `no_grad` below, in which the forward runs, restores the mode when it ends.
         last_states.append(states_of(output).requires_grad_())
         torch.set_grad_enabled(True)
 
     for number, ids in enumerate(tqdm(tokens[:ROW_WEIGHT_SEQUENCES].to(device), "row weights")):
-        # `record_calls` has such an `offload_blocks` of its own, which moves the head to the device
-        # and back. Within this one, the head is on the device already, and stays for the gradient.
+        # `record_calls` has an `offload_blocks` of its own, which moves the head to the device and
+        # back. Within this outer one, the head is there already, and stays for its gradient.
         with (
             eval_ppl.offload_blocks(model, device),
             calls[-1].block.register_forward_hook(start_graph),
@@ -544,7 +544,7 @@ def measure_row_weights(
             [gradient] = torch.autograd.grad(loss, last_states.pop())
             del logits  # 0.5 GB for the vocabulary of LLaMA-3
         # Now `gradient` is d loss / d (hidden states after the last block). Each turn of the loop
-        # takes it back from the states after a block to those before it.
+        # turns it from that after a block into that before it.
         inputs = [states[number], *outputs[:-1]]
         for call in reversed(calls):
             before = inputs[call.index].detach().requires_grad_()
@@ -751,7 +751,10 @@ def checked_calls(
         for after, own in zip(replayed, (outputs, second_outputs), strict=True):
             difference = relative_difference(after, own[call.index])
             if not difference <= tolerance:  # also true for NaN
-                raise ValueError(f"block {call.index} differs by {difference:.2g} if called alone")
+                raise ValueError(
+                    "the model cannot be pruned block by block: "
+                    f"block {call.index} differs by {difference:.2g} if called alone"
+                )
     return calls
 
 
