@@ -52,9 +52,7 @@ class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are those of the paper."""
 
     damping: float = 0.1  # share by which the diagonal of the Gram matrix grows; G may be singular
-    rho: float = (
-        1.0  # penalty, as a multiple of mean(diag(A)) / (1 + damping), which is 1 unless obs
-    )
+    rho: float = 1.0  # penalty, as a multiple of mean(diag(A)) / (1 + damping)
     growing_steps: int = 15  # steps in which the sparsity grows to its final value
     moving_steps: int = 0  # steps at the final sparsity in which the mask is still selected anew
     frozen_steps: int = 6  # steps in which the mask stays the same
@@ -609,8 +607,8 @@ class ProductRecorder(TorchFunctionMode):
             left, right = args[-2:]  # the first argument of addmm is the bias
             if left.ndim > 1 and right.ndim > 1:
                 # Either factor may be the weight W: output = left @ W.mT with W = right.mT, or
-                # output.mT = right.mT @ W.mT with W = left, as in Mamba. `record` ignores the one
-                # that is not.
+                # output.mT = right.mT @ W.mT with W = left, as in Mamba. `record` ignores a factor
+                # that is no weight.
                 self.record(left, right.mT, output)
                 self.record(right.mT, left, output.mT)
         return output
@@ -851,7 +849,7 @@ def main() -> None:
     add = cli.add_argument
     model = cli.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help=eval_ppl.MODEL_HELP)
-    model.add_argument("--demo", action="store_true", help="compare the methods on smollm2")
+    model.add_argument("--demo", action="store_true", help="compare all methods on smollm2")
     amount = cli.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros; default: 0.5")
     amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help="keep N of M entries")

@@ -46,9 +46,8 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
     device = select_device(device)
     model.eval()
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    windows_at_once = max(
-        1, 2**29 // (vocabulary * tokens.shape[1])
-    )  # 1 GiB of logits, if in 16 bits
+    # Their logits take 1 GiB in 16 bits.
+    windows_at_once = max(1, 2**29 // (vocabulary * tokens.shape[1]))
     losses = []
     with offload_blocks(model, device):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
@@ -201,8 +200,8 @@ def read_text(source: str, split: str) -> str:
     The rows of WikiText-2 are joined by blank lines, as in GPTQ, SparseGPT and Wanda.
     """
     if source == "wikitext2":
-        name = "Salesforce/wikitext"
-        return "\n\n".join(datasets.load_dataset(name, "wikitext-2-raw-v1", split=split)["text"])
+        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+        return "\n\n".join(rows["text"])
     return Path(source).read_text(encoding="utf-8")
 
 

@@ -669,11 +669,6 @@ def test_experts_that_no_token_reaches_stay_dense_and_are_listed():
     assert sparsity["mlp.router.weight"] == 0
 
 
-positions_by_tokens = lambda model: model.model.rotary_emb.register_forward_hook(  # noqa: E731
-    lambda _, args, output: [part * args[0][0, 0].mean().exp() for part in output]
-)
-
-
 def hand_on(model):  # what block 0 computes reaches block 2 past the hidden states
     down = [layer.mlp.down_proj for layer in model.model.layers]
     down[0].register_forward_hook(lambda _, args, output: setattr(down[0], "kept", output))
@@ -688,7 +683,12 @@ def hand_on(model):  # what block 0 computes reaches block 2 past the hidden sta
             "the model does not call its 3 blocks one after the other",
         ),
         (hand_on, "block 2 differs by .* if called alone"),
-        (positions_by_tokens, "block 0 differs by .* if called alone"),
+        (  # the position embeddings depend on the tokens
+            lambda m: m.model.rotary_emb.register_forward_hook(
+                lambda _, args, output: [part * args[0][0, 0].mean().exp() for part in output]
+            ),
+            "block 0 differs by .* if called alone",
+        ),
         (lambda m: setattr(m.config, "quantization_config", {"bits": 4}), "the model is quantised"),
         (lambda m: m.model.layers[0].add_module("lora_A", nn.Linear(32, 2)), "has LoRA adapters"),
         (lambda m: m.model.layers[1].mlp.up_proj.weight.data.fill_(math.nan), "1 differs by nan"),
