@@ -98,7 +98,7 @@ def prune_weight(
     A = A / d / d[:, None]
     W0 = weight.float() * d  # (out, in)
     # With Wanda's d, the diagonal of A is 1 + damping, and rho is config.rho, as in the paper. With
-    # the other d, the diagonal is larger, and rho grows with its mean.
+    # the other d, the diagonal differs between layers, and rho is proportional to its mean.
     rho = config.rho * A.diagonal().mean() / (1 + config.damping)
     R = rho * inverse(A.diagonal_scatter(A.diagonal() + rho))  # rho (A + rho I)^-1
 
