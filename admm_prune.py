@@ -281,7 +281,7 @@ class CalibratedLinear:
 def leave_routers_dense(block: int, name: str) -> dict | None:
     """Return None for the router of a mixture of experts, and no options for other layers.
 
-    Common practice leaves routers dense: they are small, and the choice of experts hangs on them.
+    Common practice leaves routers dense: they are small, and they choose the experts.
     """
     routers = {"router", "gate", "shared_expert_gate"}
     return {} if routers.isdisjoint(name.split(".")) else None
@@ -341,17 +341,18 @@ def prune_model(
     device = eval_ppl.select_device(device)
     model.cpu().eval()
     model.set_experts_implementation("eager")  # fused kernels would hide the products
-    states = embed(model, tokens, device)  # of each sequence, before the current block
-    # A `BlockCall` is a block with its other arguments, such as masks; call(before) runs it.
+    # Hidden states of each sequence before the current block, in the model that is being pruned ...
+    states = embed(model, tokens, device)
+    # A `BlockCall` is a block with its other arguments, such as masks; call(states) runs it.
     calls = checked_calls(model, tokens, states[0], device)
-    # The same for the dense model, the same list before block 0. Without error propagation it is
-    # empty, and what is said of the dense model below does not happen.
+    # ... and in the dense model. Without error propagation there are none, and what is said of the
+    # dense model below is left out.
     dense_states = states if error_propagation else []
     results = []
     progress = tqdm(calls, "pruning blocks")
     for call in progress:
         call.block.to(device)
-        # 0. How far each layer moves what the block hands on, and which layer closes the block.
+        # 0. A probe tells how far each layer moves what the block hands on, and which closes it.
         row_weights, closing_name = probe_block(call, dense_states)
         # 1. The hidden states of both models go through the block while it is dense.
         linears, dense_after = collect_linears(call, states, dense_states, options, closing_name)
@@ -499,27 +500,27 @@ def probe_block(
 ) -> tuple[dict[str, Tensor], str | None]:
     """Return the row weights of the layers of a dense block, and the name of its closing layer.
 
-    Both come from one backward pass through the block for each of the first `PROBE_SEQUENCES`
-    hidden states of the dense model. It starts with a random sign, 1 or -1, for each entry of the
-    hidden states after the block. So the gradient g of an output of a layer is the derivative of a
-    random sum of these entries.
+    Experts have no row weights, and none closes a block. `dense_states` are the hidden states of
+    the dense model before the block; the first `PROBE_SEQUENCES` of them are used.
 
-    Row weights: with s_i the sum of g_i^2 over the tokens, in which the signs cancel on average,
-    output i moves the hidden states after the block by the square root of s_i, all of them taken
-    together. The row weights are r, (out_features, 1), with
+    The probe is a backward pass through the block. It starts from random signs, 1 or -1, one at
+    each entry of the hidden states after the block. Let g be the gradient at an output of a layer.
+    On average over the signs, g^2 is the sum of the squared derivatives of all these entries with
+    respect to this output.
+
+    Row weights: let s_i be the sum of g_i^2 over the tokens. It tells how far an error of output i
+    moves the hidden states after the block. The row weights are r, (out_features, 1), with
 
         r_i^2 = s_i + mean(s).
 
     A method gets r W instead of W, and its result is divided by r, so rows that matter more keep
     more entries. The mean is added since s is noisy, and since later blocks do not depend on all
-    hidden states alike. Layers on which the hidden states do not depend have no row weights.
+    hidden states alike. A layer with s = 0 has no row weights.
 
     The closing layer is the last layer whose gradient is the signs themselves: the block adds its
     output to the hidden states as it is. In a LLaMA that is "mlp.down_proj". It is pruned after the
     other layers of its block, since its output can make up for all that the hidden states lack by
-    then. The name is None if there is no such layer, for example since a norm stands behind it.
-
-    Experts are left out.
+    then. The name is None if there is no such layer, for example if a norm stands behind it.
     """
     sums = defaultdict(float)  # name -> s, (out_features,)
     closing_name = None
@@ -549,12 +550,12 @@ class Product:
     """A product X W^T within a block. X and Y are copies: the block may change its own in place."""
 
     name: str  # of the layer, within the block
-    is_expert: bool  # whether the layer is one of several that share the tokens
+    is_expert: bool  # whether the layer is an expert of a mixture, which gets some of the tokens
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32
     Y: Tensor  # the product, plus a bias if there is one, (tokens, out_features) float32
     E: Tensor | None = None  # what Y lacks, compared with the dense model
-    gradient: Tensor | None = None  # d / d Y, set by a backward pass, (..., out_features)
+    gradient: Tensor | None = None  # at Y, (..., out_features), set by a backward pass
 
 
 class ProductRecorder(TorchFunctionMode):
@@ -592,15 +593,15 @@ class ProductRecorder(TorchFunctionMode):
         # torch.matmul(x, w), x.matmul(w) and x @ w all have the name matmul. The factors are taken
         # to be positional arguments.
         if function.__name__ == "linear":
-            self.record(args[0], args[1], output)
+            self.add_product(args[0], args[1], output)
         elif function.__name__ in ("addmm", "mm", "bmm", "matmul") and args[-1].ndim > 1:
             x, transposed = args[-2:]  # the first argument of addmm is the bias
-            record = self.record_stack if transposed.ndim == 3 else self.record
-            record(x, transposed.mT, output)
+            add = self.add_stack if transposed.ndim == 3 else self.add_product
+            add(x, transposed.mT, output)
         return output
 
-    def record(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
-        """Record the product x @ weight.mT, if the weight is one of the block."""
+    def add_product(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
+        """Add the product x @ weight.mT = output, if the weight is one of the block."""
         name, is_expert = self.weights.get((weight.data_ptr(), weight.numel()), (None, False))
         if name is None or weight.ndim != 2 or x.numel() == 0:
             return  # no weight of the block, or an expert without tokens
@@ -615,17 +616,17 @@ class ProductRecorder(TorchFunctionMode):
         if output.requires_grad:
             output.register_hook(partial(setattr, product, "gradient"))
 
-    def record_stack(self, x: Tensor, weights: Tensor, output: Tensor) -> None:
-        """Record the products with all experts of a stack at once, as in Llama 4.
+    def add_stack(self, x: Tensor, weights: Tensor, output: Tensor) -> None:
+        """Add the products of all experts of a stack, which are computed at once, as in Llama 4.
 
         x is (experts, tokens, in_features), with a row of zeros where a token goes elsewhere.
         """
-        # The stack begins where its expert 0 begins.
-        if (weights.data_ptr(), weights[0].numel()) in self.weights:
+        # A stack begins where its expert 0 begins.
+        if (weights.data_ptr(), weights.shape[1:].numel()) in self.weights:
             x = x.expand(len(weights), -1, -1)
             for x_of_expert, weight, y in zip(x, weights, output, strict=True):
                 is_mine = x_of_expert.any(-1)
-                self.record(x_of_expert[is_mine], weight, y[is_mine])
+                self.add_product(x_of_expert[is_mine], weight, y[is_mine])
 
 
 # ---------------------------------------------------------------------------- calls of the blocks

@@ -147,7 +147,10 @@ def check_tokens(config, seqlen: int, largest_token: int = 0) -> None:
 
 
 def locate(name: str) -> dict:
-    """Return the arguments of `from_pretrained` for a model as in MODEL_HELP."""
+    """Return the arguments of `from_pretrained` that say where a model is.
+
+    `name` is a hub id, a folder, a .gguf file, or "smollm2".
+    """
     path = Path(name)
     if name == "smollm2":
         # An ImportError if the package is not installed.

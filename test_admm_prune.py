@@ -266,8 +266,8 @@ def test_features_that_are_rarely_active_get_no_huge_weights(config):
 
 def test_the_hyperparameters_are_those_of_the_paper_and_ours():
     assert dataclasses.astuple(ADMMConfig()) == (0.1, 1.0, 15, 0, 6, False)
-    assert dataclasses.astuple(OBS) == (0.1, 0.7, 4, 8, 5, True)
-    assert (METHODS["admm-grad"], METHODS["admm-obs"].keywords["config"]) == (ap.prune_weight, OBS)
+    assert dataclasses.astuple(METHODS["admm-obs"].keywords["config"]) == (0.1, 0.7, 4, 8, 5, True)
+    assert METHODS["admm-grad"] is ap.prune_weight
     assert (ap.correct_weight.__defaults__, ap.PROBE_SEQUENCES) == ((0.5, 1.0), 8)
 
 
@@ -283,8 +283,8 @@ def test_correction_is_least_squares_or_ridge_regression(strength, ridge):
     rows = math.sqrt(ridge) * torch.diag(norms.clamp(min=0.1 * norms.mean()))
     lost = torch.cat([E, torch.zeros(len(rows), len(W))])
     gain = torch.linalg.lstsq(torch.cat([X, rows]), lost).solution.T
-    ours = ap.correct_weight(W, X.T @ X, E.T @ X, strength, ridge)
-    torch.testing.assert_close(ours, W + strength * gain)
+    corrected = ap.correct_weight(W, X.T @ X, E.T @ X, strength, ridge)
+    torch.testing.assert_close(corrected, W + strength * gain)
 
 
 @pytest.mark.parametrize("method", ["admm-grad", "admm-obs", "sparsegpt", "magnitude"])
@@ -434,9 +434,8 @@ def test_architectures(kind):
     zeros = defaultdict(int)  # by parameter; one may hold several experts
     for result in results:
         name = "{block}.{name}".format(**result)
-        size = math.prod(result["shape"])
-        gone = round(result["sparsity"] * size)
-        assert gone >= round(0.5 * size), name
+        gone = round(result["sparsity"] * math.prod(result["shape"]))
+        assert result["sparsity"] > 0.49, name
         zeros[f"{name}.weight" if name in linears else name.rpartition(".")[0]] += gone
     assert grams.keys() == {"{block}.{name}".format(**result) for result in results}
     parameters = dict(blocks.named_parameters(remove_duplicate=False))
@@ -834,9 +833,9 @@ def test_evaluation_windows(tokenizer, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     ids = tokenizer("\n\n".join(rows), return_tensors="pt").input_ids[0]
-    windows = eval_ppl.evaluation_tokens("wikitext2", tokenizer, 1000)
-    assert torch.equal(windows.flatten(), ids[: len(ids) // 1000 * 1000])
-    assert torch.equal(eval_ppl.evaluation_tokens("wikitext2", tokenizer, 1000, 2), windows[:2])
+    for limit, count in ((None, len(ids) // 1000), (2, 2)):
+        windows = eval_ppl.evaluation_tokens("wikitext2", tokenizer, 1000, limit)
+        assert torch.equal(windows.flatten(), ids[: count * 1000])
 
 
 def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
@@ -847,8 +846,8 @@ def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
     report = json.loads((out / "pruning_report.json").read_text())
     assert (report["arguments"]["device"], report["arguments"]["dtype"]) == ("cpu", "torch.float32")
     assert [(row["sparsity"], row["num_tokens"]) for row in report["linears"]] == [(0.5, 512)] * 21
-    entries = sum(math.prod(row["shape"]) for row in report["linears"])
-    assert f"50.00% of {entries:,} weights are zero" in capsys.readouterr().out
+    assert "50.00% of 23,040 weights are zero" in capsys.readouterr().out
+    assert sum(math.prod(row["shape"]) for row in report["linears"]) == 23040
     model = hf.AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16  # that of the checkpoint
     dense = hf.AutoModelForCausalLM.from_pretrained(folder / "tiny").model.layers
@@ -926,8 +925,11 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_is_the_same(folder, tmp_
     whole, out = tmp_path / "whole", tmp_path / "out"
     options = ["--sparsity", 0.7, "--dtype", "float16", "--error-propagation"]
     assert run(monkeypatch, folder, *options, "--save", whole) is None
-    kill = "pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
-    program = f"import admm_prune, os, pathlib, signal; {kill}; admm_prune.main()"
+    program = (
+        "import admm_prune, os, pathlib, signal\n"
+        "pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "admm_prune.main()"
+    )
     line = [sys.executable, "-c", program, *sys.argv[1:-1], out]
     assert subprocess.run(line, cwd=HERE).returncode == -signal.SIGKILL
     assert not out.exists()
