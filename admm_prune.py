@@ -681,13 +681,13 @@ def record_calls(
     calls = []
     outputs = []
 
-    def record(block, args, kwargs, output):
+    def keep(block, args, kwargs, output):
         calls.append(BlockCall(len(calls), block, args[1:], kwargs))
         outputs.append(to_host(states_of(output)))
 
     with eval_ppl.offload_blocks(model, device), ExitStack() as hooks:
         for block in blocks:
-            hooks.enter_context(block.register_forward_hook(record, with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(keep, with_kwargs=True))
         model(ids.to(device), use_cache=False)
     if [call.block for call in calls] != blocks:
         raise ValueError(f"the model does not call its {len(blocks)} blocks one after the other")
@@ -772,11 +772,11 @@ def prune_and_save(args: argparse.Namespace) -> None:
         stem = Path(args.model).resolve().name.removesuffix(".gguf")
         folder = Path(f"{stem}-{method}-{amount}")
     if folder.exists() or folder.is_symlink() or not folder.parent.is_dir():
-        raise ValueError(f"{folder} exists, or has no folder to be made in; choose another --save")
+        raise ValueError(f"{folder} exists, or its parent folder does not; choose another --save")
     device = eval_ppl.select_device(args.device)
     print(
-        f"{args.model}: {method}, {amount}, on {device};",
-        f"{args.nsamples} x {args.seqlen} tokens of {args.calibration}",
+        f"pruning {args.model} by {method} to {amount} on {device},",
+        f"with {args.nsamples} x {args.seqlen} tokens of {args.calibration}",
         flush=True,
     )
     # The output is renamed once it is complete. A run that fails leaves nothing behind.

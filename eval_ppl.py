@@ -257,7 +257,7 @@ def evaluation_tokens(source: str, tokenizer, seqlen: int, limit: int | None = N
     return ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit]
 
 
-# ------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------- errors and command line
 
 
 @contextmanager

@@ -899,7 +899,7 @@ def test_the_codes_of_a_quantised_checkpoint_are_not_taken_for_weights(folder, t
         (["--calibration", "latin1.txt"], "while reading latin1.txt"),
         (["--calibration", "short.txt"], "short.txt lacks text for 8 sequences of 64 tokens"),
         (["--save", "full"], "full exists"),
-        (["--save", "missing/out"], "missing/out exists, or has no folder to be made in"),
+        (["--save", "missing/out"], "missing/out exists, or its parent folder does not"),
         (["--seqlen", "65"], "seqlen is 65, but the model has only 64 positions"),
         (["--model", "./missing"], "missing"),
         (["--model", "other"], "is beyond the vocabulary of 96"),
