@@ -12,9 +12,9 @@ For each linear layer with weight W and calibration inputs X, we look for a spar
 The default is the algorithm of "Fast and Effective Weight Update for Pruned Large Language Models"
 (Vladimír Boža, TMLR 2024, arXiv 2401.02938): ADMM with a gradual mask, which the paper calls
 ADMM-Grad. Our `--method admm-obs --error-propagation` is better. `admm-obs` has other constants and
-another rule for what an entry is worth. Error propagation looks beyond the single layer, by any
-method: it corrects each layer for the errors of earlier blocks, and weighs its rows by how far they
-move what its block hands on.
+another rule for what an entry is worth. Error propagation looks beyond the single layer, and works
+with any method: it corrects layers for earlier errors, and weighs their rows by how far they move
+the hidden states after the block.
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, then `prune_model`, the
@@ -52,8 +52,8 @@ class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are those of the paper."""
 
     damping: float = 0.1  # share by which the diagonal of the Gram matrix grows; G may be singular
-    rho: float = 1.0  # penalty, relative to the mean diagonal of the scaled Gram matrix
-    growing_steps: int = 15  # steps in which the sparsity grows to its final value
+    rho: float = 1.0  # penalty, relative to the mean diagonal of the scaled G before damping
+    growing_steps: int = 15  # steps in which the sparsity grows to its final value, at least 1
     moving_steps: int = 0  # steps at the final sparsity in which the mask is still selected anew
     frozen_steps: int = 6  # steps in which the mask stays the same
     obs: bool = False  # True: rank entries as optimal brain surgeon does. False: as Wanda does.
@@ -92,11 +92,12 @@ def prune_weight(
     # Each feature is divided by its d, so that one rho suits all features, and each column of W is
     # multiplied by it, so that the outputs stay the same. The smallest magnitudes of W0 = W d are
     # pruned. So d also decides what an entry is worth.
-    d = norms  # then |W0| is Wanda's score
     if config.obs:
         # Removing W_ij costs W_ij^2 / [H^-1]_jj if the other entries of its row adapt to it
         # (optimal brain surgeon). With this d, the cost is the square of the entry of W0.
         d = inverse(H).diagonal().rsqrt()
+    else:
+        d = norms  # then |W0| is Wanda's score
     A = H / d / d[:, None]  # (in, in): H for the scaled features
     W0 = weight.float() * d  # (out, in)
     # With Wanda's d, the diagonal of A is 1 + damping, and rho is config.rho, as in the paper. With
@@ -110,13 +111,13 @@ def prune_weight(
     Z = W0  # Therefore V is W0 in step 1, and the first mask is selected from the dense weight.
     U = torch.zeros_like(W0)
     kept = mask
-    selecting_steps = max(config.growing_steps + config.moving_steps, 1)
+    selecting_steps = config.growing_steps + config.moving_steps
     for step in range(1, selecting_steps + config.frozen_steps + 1):
         # The paper has V = (W0 A + rho (Z - U)) (A + rho I)^-1. This is the same, since
         # W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
         if mask is None and step <= selecting_steps:
-            growth = min(step / max(config.growing_steps, 1), 1.0)
+            growth = min(step / config.growing_steps, 1.0)
             share = 1 - (1 - growth) ** 3  # paper, section 4
             # To select entries in another way, replace this call. It gets a scaled weight, whose
             # magnitudes say what the entries are worth, and returns True where an entry is kept.
@@ -197,9 +198,9 @@ def sparsegpt(
     diagonal += 0.01 * diagonal.mean()
     # Column j needs the inverse of H[j:, j:], since the columns before it are fixed. One Cholesky
     # factor has them all: if H^-1 = chol^T chol, then (H[j:, j:])^-1 = chol[j:, j:]^T chol[j:, j:].
-    # The first row of this inverse is chol_jj chol[j, j:]. So removing an entry w of column j costs
-    # (w / chol_jj)^2 and changes the columns from j on by -(w / chol_jj) chol[j, j:] (equation 3 of
-    # the paper).
+    # The first row of this inverse is chol_jj chol[j, j:], and its first entry is chol_jj^2. So
+    # removing an entry w of column j costs (w / chol_jj)^2 and changes the columns from j on by
+    # -(w / chol_jj) chol[j, j:] (equation 3 of the paper).
     chol = torch.linalg.cholesky(inverse(H), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, len(H), width):
@@ -265,7 +266,7 @@ class CalibratedLinear:
     options: dict | None  # keyword arguments of the method; None: the layer stays as it is
     num_tokens: int = 0
     gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
-    EtX: Tensor | None = None  # E^T X, (out_features, in_features) float32; None: E is not known
+    EtX: Tensor | None = None  # E^T X, (out_features, in_features) float32; None: no correction
 
     def add(self, X: Tensor, E: Tensor | None) -> None:
         """Add tokens: their inputs X, (tokens, in_features), in the model that is being pruned.
@@ -312,9 +313,9 @@ def prune_model(
             (out_features, in_features), and the Gram matrix of its inputs, (in_features,
             in_features), both float32, and returns the pruned weight. It may change the weight in
             place, but not the Gram matrix.
-        error_propagation: whether to look beyond the single layer. Each weight is then corrected
-            for the errors of earlier blocks before it is pruned (`correct_weight`), and its rows
-            are weighed by how far they move what the block hands on (`probe_block`).
+        error_propagation: whether to look beyond the single layer. Weights are then corrected for
+            earlier errors before they are pruned (`correct_weight`), and their rows are weighed by
+            how far they move the hidden states after the block (`probe_block`).
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: for methods that depend on the layer. options(block, name) gets the number of a
             block and the name of a layer in it, such as "mlp.down_proj". It returns further keyword
@@ -341,31 +342,31 @@ def prune_model(
     device = eval_ppl.select_device(device)
     model.cpu().eval()
     model.set_experts_implementation("eager")  # fused kernels would hide the products
-    # Hidden states of each sequence before the current block, in the model that is being pruned ...
+    # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = embed(model, tokens, device)
     # A `BlockCall` is a block with its other arguments, such as masks; call(states) runs it.
     calls = checked_calls(model, tokens, states[0], device)
-    # ... and in the dense model. Without error propagation there are none, and what is said of the
-    # dense model below is left out.
+    # The same in the dense model. Without error propagation this list is empty: then `probe_block`
+    # returns no row weights and no closing layer, and nothing is corrected.
     dense_states = states if error_propagation else []
     results = []
     progress = tqdm(calls, "pruning blocks")
     for call in progress:
         call.block.to(device)
-        # 0. A probe tells how far each layer moves what the block hands on, and which closes it.
+        # 0. A probe of the dense block gives the row weights, and the layer that closes the block.
         row_weights, closing_name = probe_block(call, dense_states)
         # 1. The hidden states of both models go through the block while it is dense.
         linears, dense_after = collect_linears(call, states, dense_states, options, closing_name)
-        closing_linear = linears.pop(closing_name, None)
         # 2. Each layer but the closing layer is corrected and pruned.
-        for name in list(linears):
-            linear = linears.pop(name)  # pop, so that its sums are freed before the next layer
-            results.append(prune_linear(linear, prune, row_weights.get(name, 1.0)))
+        for name in [name for name in linears if name != closing_name]:
+            # pop, so that the sums of a layer are freed before the next one
+            results.append(prune_linear(linears.pop(name), prune, row_weights.get(name, 1.0)))
             progress.set_postfix_str(f"{name}: error {results[-1]['error']:.4f}", refresh=False)
         # 3. The closing layer is corrected for all that the hidden states lack by now, and pruned.
-        if closing_linear is not None:
-            collect_closing_linear(closing_linear, call, states, dense_after)
-            results.append(prune_linear(closing_linear, prune, row_weights[closing_name]))
+        #    All its outputs move the hidden states alike, so that row weights would change nothing.
+        if closing_name in linears:
+            collect_closing_linear(linears[closing_name], call, states, dense_after)
+            results.append(prune_linear(linears.pop(closing_name), prune))
         # 4. The hidden states go through the pruned block.
         states = [to_host(call(before)) for before in states]
         dense_states = dense_after
@@ -381,9 +382,9 @@ def collect_linears(
 ) -> tuple[dict[str, CalibratedLinear], list[Tensor]]:  # fmt: skip
     """Return the layers of a dense block by name, and the states of the dense model after it.
 
-    The layers have their sums over the inputs in the model that is being pruned, except the closing
-    layer, whose sums `collect_closing_linear` adds later. Layers that are to stay as they are do
-    not appear.
+    The layers have their sums over the inputs in the model that is being pruned. The closing layer
+    has none yet; `collect_closing_linear` adds them. Layers that are to stay as they are do not
+    appear.
     """
     linears = {}
     dense_after = []
@@ -433,7 +434,9 @@ def collect_closing_linear(
         linear.add(X, E[0])
 
 
-def prune_linear(linear: CalibratedLinear, prune: Callable, row_weights: Tensor | float) -> dict:
+def prune_linear(
+    linear: CalibratedLinear, prune: Callable, row_weights: Tensor | float = 1.0
+) -> dict:  # fmt: skip
     """Correct the weight of a layer, if E is known, and prune it, in place.
 
     `row_weights` are r, (out_features, 1), or 1. Return what became of the layer, as described in
@@ -469,15 +472,13 @@ def prune_linear(linear: CalibratedLinear, prune: Callable, row_weights: Tensor 
 # ---------------------------------------------------------------------------- error propagation
 
 
-def correct_weight(
-    weight: Tensor, gram: Tensor, EtX: Tensor, strength: float = 0.5, ridge: float = 1.0
-) -> Tensor:
+def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
     """Return W changed so that its output X W^T makes up for a part of an output error E.
 
     E, (tokens, out_features), is the output in the dense model minus the output here, where earlier
-    blocks are pruned. The result adds a part of the ridge regression of E on X to W:
+    layers are pruned. The result adds half of a ridge regression of E on X to W:
 
-        W + strength * E^T X (G + ridge * D)^-1
+        W + 1/2 E^T X (G + D)^-1
 
     D is the diagonal matrix of the squared feature norms. Each norm is raised to at least a tenth
     of their mean, since the weights of rarely active features would otherwise become huge.
@@ -486,10 +487,10 @@ def correct_weight(
     for quantisation.
 
     Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, of one
-        dtype; `strength`, from 0 to 1, is the part of E to make up for.
+        dtype.
     """
-    A = gram + ridge * torch.diag(clamped_norms(gram.diagonal(), floor=0.1) ** 2)
-    return weight + strength * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(A)).T
+    D = torch.diag(clamped_norms(gram.diagonal(), floor=0.1) ** 2)
+    return weight + 0.5 * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(gram + D)).T
 
 
 PROBE_SEQUENCES = 8  # calibration sequences that `probe_block` uses
@@ -500,7 +501,7 @@ def probe_block(
 ) -> tuple[dict[str, Tensor], str | None]:
     """Return the row weights of the layers of a dense block, and the name of its closing layer.
 
-    Experts have no row weights, and none closes a block. `dense_states` are the hidden states of
+    Experts that get only some of the tokens are left out. `dense_states` are the hidden states of
     the dense model before the block; the first `PROBE_SEQUENCES` of them are used.
 
     The probe is a backward pass through the block. It starts from random signs, 1 or -1, one at
@@ -513,9 +514,10 @@ def probe_block(
 
         r_i^2 = s_i + mean(s).
 
-    A method gets r W instead of W, and its result is divided by r, so rows that matter more keep
-    more entries. The mean is added since s is noisy, and since later blocks do not depend on all
-    hidden states alike. A layer with s = 0 has no row weights.
+    A method gets r W instead of W, and its result is divided by r. So rows that matter more keep
+    more entries, unless the method keeps the same number in each row. The mean is added since s is
+    noisy, and since later blocks do not depend on all hidden states alike. A layer with s = 0 has
+    no row weights.
 
     The closing layer is the last layer whose gradient is the signs themselves: the block adds its
     output to the hidden states as it is. In a LLaMA that is "mlp.down_proj". It is pruned after the
@@ -524,7 +526,8 @@ def probe_block(
     """
     sums = defaultdict(float)  # name -> s, (out_features,)
     closing_name = None
-    generator = torch.Generator().manual_seed(0)  # on the host, so that a GPU gets the same signs
+    # The same signs for each block, and on a GPU.
+    generator = torch.Generator().manual_seed(0)
     for states in dense_states[:PROBE_SEQUENCES]:
         before = states.detach().requires_grad_()
         with torch.enable_grad():
@@ -584,14 +587,15 @@ class ProductRecorder(TorchFunctionMode):
                 key = (module.weight.data_ptr(), module.weight.numel())
                 self.weights[key] = (name, name.startswith(lists))
         for name, parameter in block.named_parameters():
-            if parameter.ndim == 3 and min(parameter.shape) > 1:  # no depthwise convolution
+            # The weight of a depthwise convolution is (channels, 1, width).
+            if parameter.ndim == 3 and min(parameter.shape) > 1:
                 for index, expert in enumerate(parameter):
                     self.weights[expert.data_ptr(), expert.numel()] = (f"{name}.{index}", True)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         # torch.matmul(x, w), x.matmul(w) and x @ w all have the name matmul. The factors are taken
-        # to be positional arguments.
+        # to be positional arguments. A factor with one dimension is no weight.
         if function.__name__ == "linear":
             self.add_product(args[0], args[1], output)
         elif function.__name__ in ("addmm", "mm", "bmm", "matmul") and args[-1].ndim > 1:
@@ -614,6 +618,7 @@ class ProductRecorder(TorchFunctionMode):
         )
         self.products.append(product)
         if output.requires_grad:
+            # Autograd then calls setattr(product, "gradient", g).
             output.register_hook(partial(setattr, product, "gradient"))
 
     def add_stack(self, x: Tensor, weights: Tensor, output: Tensor) -> None:
@@ -623,7 +628,6 @@ class ProductRecorder(TorchFunctionMode):
         """
         # A stack begins where its expert 0 begins.
         if (weights.data_ptr(), weights.shape[1:].numel()) in self.weights:
-            x = x.expand(len(weights), -1, -1)
             for x_of_expert, weight, y in zip(x, weights, output, strict=True):
                 is_mine = x_of_expert.any(-1)
                 self.add_product(x_of_expert[is_mine], weight, y[is_mine])
@@ -675,7 +679,8 @@ def record_calls(
 ) -> tuple[list[BlockCall], list[Tensor]]:
     """Run a model on one sequence, (1, seqlen), and return the calls of its blocks.
 
-    Also return the hidden states after each block, on the host.
+    Blocks are taken to get their hidden states as the first positional argument. Also return the
+    hidden states after each block, on the host.
     """
     blocks = list(eval_ppl.find_blocks(model))
     calls = []
@@ -717,20 +722,20 @@ def embed(model: nn.Module, tokens: Tensor, device: torch.device) -> list[Tensor
 
 
 def checked_calls(
-    model: nn.Module, tokens: Tensor, states: Tensor, device: torch.device
+    model: nn.Module, tokens: Tensor, first: Tensor, device: torch.device
 ) -> list[BlockCall]:
     """Return the calls of all blocks, with the arguments that they get for the first sequence.
 
     Raise a ValueError unless the blocks, called one by one, give the model's own hidden states. A
     second sequence is tested, too, since all sequences are assumed to get the same arguments.
 
-    `states` are the hidden states of the first sequence before block 0.
+    `first` are the hidden states of the first sequence before block 0.
     """
     # The last sequence is reversed: if it is the only one, it differs from the first all the same.
     second = tokens[-1:].flip(1)
     calls, outputs = record_calls(model, tokens[:1], device)
     _, second_outputs = record_calls(model, second, device)
-    replayed = [states, *embed(model, second, device)]
+    replayed = [first, *embed(model, second, device)]
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
     for call in tqdm(calls, "checking blocks"):
         call.block.to(device)
@@ -849,7 +854,7 @@ def main() -> None:
     add = cli.add_argument
     model = cli.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help=eval_ppl.MODEL_HELP)
-    model.add_argument("--demo", action="store_true", help="compare all methods on smollm2")
+    model.add_argument("--demo", action="store_true", help="compare four methods on smollm2")
     amount = cli.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros; default: 0.5")
     amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help="keep N of M entries")

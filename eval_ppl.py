@@ -90,11 +90,12 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 def offload_blocks(model: nn.Module, device: torch.device):
     """Let a model that lies on the host compute on the device, until the context ends.
 
-    Everything except the blocks moves to the device at once. A block moves there for its forward.
-    If a GPU has room for the whole model, the block stays there until the context ends; otherwise
-    it goes back at once. Nothing is copied back, since the data on the host have not changed.
+    Everything except the blocks moves to the device when the context begins. A block moves there
+    for its forward. If a GPU has room for the whole model, the block stays there until the context
+    ends; otherwise it goes back after its forward. Nothing is copied back, since the data on the
+    host have not changed.
     """
-    # What each tensor holds outside the context. The keys are told apart by identity.
+    # What each tensor holds outside the context. (Tensors are hashed by identity.)
     original = {tensor: tensor.data for tensor in tensors_of(model)}
     blocks = find_blocks(model)
 
@@ -176,14 +177,14 @@ def load_tokenizer(name: str, seqlen: int):
 def load_model(
     name: str, dtype: str, device: torch.device
 ) -> tuple[nn.Module, list[torch.dtype]]:  # fmt: skip
-    """Return the causal LM on the host, and the dtypes that its tensors have in the checkpoint.
+    """Return the causal LM on the host, and the dtypes in which its tensors are to be saved.
 
     `dtype` is one of DTYPES. "auto" is the dtype of the checkpoint, and float32 for a .gguf file.
     If `device` is a CPU, which is slow in 16 bits, "auto" weights are then converted to float32.
-    The dtypes before that are in the order of `tensors_of`.
+    The dtypes to save are those before that, in the order of `tensors_of`.
     """
     arguments = {**locate(name), "dtype": dtype, "output_loading_info": True}
-    if "gguf_file" in arguments:  # other checkpoints say themselves how they are quantised
+    if "gguf_file" in arguments:  # for others, this would overwrite what the checkpoint says
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with note(f"while reading {name}"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(**arguments)
