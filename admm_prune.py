@@ -866,7 +866,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="selects the calibration text; default: 0")
     add("--device", help="where to compute; default: cuda if there is a GPU, else cpu")
     add("--dtype", choices=eval_ppl.DTYPES, default="auto", help=eval_ppl.DTYPE_HELP)
-    add("--save", type=Path, help="output folder; default: named by model, method and sparsity")
+    add("--save", type=Path, help="output folder; default: named by model, method and amount")
     args = cli.parse_args()
     if not 0 <= args.sparsity < 1 or args.nsamples < 1 or args.seqlen < 2:
         cli.error("needed: 0 <= --sparsity < 1, --nsamples at least 1, --seqlen at least 2")

@@ -293,8 +293,7 @@ def test_exact_count_of_zeros(method, sparsity, shape):
     pruned = METHODS[method](W, X.T @ X, sparsity)
     assert int((pruned == 0).sum()) == round(sparsity * W.numel())
     assert pruned.isfinite().all()
-    without_inputs = METHODS[method](W, 0 * X.T @ X, sparsity)
-    assert int((without_inputs == 0).sum()) >= round(sparsity * W.numel())
+    assert int((METHODS[method](W, 0 * X.T @ X, sparsity) == 0).sum()) >= int((pruned == 0).sum())
 
 
 @pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (4, 8), (3, 5)])
@@ -504,7 +503,7 @@ def test_each_layer_is_corrected_for_what_its_output_lost_and_the_closing_layer_
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
 def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypatch, kind):
     model = make_model(kind)
-    tokens = make_tokens()
+    tokens = make_tokens(count=9)  # the probe takes 8 of them
     random_state = torch.get_rng_state()
     probes = spy(monkeypatch, "probe_block")
     model.requires_grad_(False)  # as users of adapters have it
@@ -518,7 +517,7 @@ def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypa
             lambda _, args, output, name=name: outputs.update({name: ap.states_of(output)})
         )
     model.requires_grad_(True)
-    model(tokens)
+    model(tokens[:8])
     after = outputs.pop("")
     generator = torch.Generator().manual_seed(0)
     signs = torch.cat([torch.randint(2, row.shape, generator=generator) for row in after.split(1)])
@@ -689,6 +688,7 @@ def hand_on(model):  # what block 0 computes reaches block 2 past the hidden sta
             ),
             "after block 0 differ by .* if it is called alone",
         ),
+        (lambda m: setattr(m.config, "quantization_config", {"bits": 4}), "quantised weights"),
         (lambda m: m.model.layers[0].add_module("lora_A", nn.Linear(32, 2)), "LoRA adapters"),
         (lambda m: m.model.layers[1].mlp.up_proj.weight.data.fill_(math.nan), "1 differ by nan"),
     ],
@@ -895,7 +895,10 @@ def test_the_codes_of_a_quantised_checkpoint_are_not_taken_for_weights(folder, t
         (["--pattern", "4:2"], 2),
         (["--pattern", "3:5"], "in_features=32 is not divisible by M=5; block 0: self_attn.q_proj"),
         (["--device", "cuda"], "device cuda cannot be used"),
-        (["--calibration", "latin1.txt"], "while reading latin1.txt"),
+        (
+            ["--calibration", "latin1.txt"],
+            "while reading latin1.txt; a text file in UTF-8 can be given",
+        ),
         (["--calibration", "short.txt"], "short.txt lacks text for 8 sequences of 64 tokens"),
         (["--save", "full"], "full exists"),
         (["--save", "missing/out"], "missing/out exists, or its parent folder does not"),
@@ -923,7 +926,9 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
 def test_a_killed_run_leaves_no_output_and_the_next_one_is_the_same(folder, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     options = ["--sparsity", 0.7, "--dtype", "float16", "--error-propagation"]
+    probes = spy(monkeypatch, "probe_block")
     assert run(monkeypatch, folder, *options, "--save", whole) is None
+    assert probes[0][1] == "mlp.down_proj"  # error propagation has reached the loop
     program = (
         "import admm_prune, os, pathlib, signal\n"
         "pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -933,9 +938,8 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_is_the_same(folder, tmp_
     assert subprocess.run(line, cwd=HERE).returncode == -signal.SIGKILL
     assert not out.exists()
     assert run(monkeypatch, folder, *options, "--save", out) is None
-    for path in whole.iterdir():
-        if path.name != "pruning_report.json":  # that holds the name of the folder
-            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (whole / name).read_bytes() == (out / name).read_bytes(), name
     report = json.loads((out / "pruning_report.json").read_text())
     assert report["arguments"]["method"] == "admm-grad"
     assert report["linears"][0]["sparsity"] == pytest.approx(0.7, abs=0.01)
