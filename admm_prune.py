@@ -344,11 +344,11 @@ def prune_model(
     model.set_experts_implementation("eager")  # fused kernels would hide the products
     # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = embed(model, tokens, device)
-    # A `BlockCall` is a block with its other arguments, such as masks; call(states) runs it.
-    calls = checked_calls(model, tokens, states[0], device)
     # The same in the dense model. Without error propagation this list is empty: then `probe_block`
     # returns no row weights and no closing layer, and nothing is corrected.
     dense_states = states if error_propagation else []
+    # A `BlockCall` is a block with its other arguments, such as masks; call(states) runs it.
+    calls = checked_calls(model, tokens, states[0], device)
     results = []
     progress = tqdm(calls, "pruning blocks")
     for call in progress:
@@ -358,7 +358,8 @@ def prune_model(
         # 1. The hidden states of both models go through the block while it is dense.
         linears, dense_after = collect_linears(call, states, dense_states, options, closing_name)
         # 2. Each layer but the closing layer is corrected and pruned.
-        for name in [name for name in linears if name != closing_name]:
+        others = [name for name in linears if name != closing_name]
+        for name in others:
             # pop, so that the sums of a layer are freed before the next one
             results.append(prune_linear(linears.pop(name), prune, row_weights.get(name, 1.0)))
             progress.set_postfix_str(f"{name}: error {results[-1]['error']:.4f}", refresh=False)
