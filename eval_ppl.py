@@ -229,7 +229,7 @@ def calibration_tokens(
     Raises: ValueError if there is too little text; OSError if it cannot be read.
     """
     if source == "c4":
-        with note("while reading c4; a text file can be given instead"):
+        with note("while reading c4; --calibration FILE takes a text file instead"):
             c4 = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
             shuffled = c4.shuffle(seed=seed, buffer_size=1000).take(1000 * nsamples)  # then give up
             tokenized = (
