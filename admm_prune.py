@@ -429,8 +429,8 @@ def collect_closing_linear(
 ) -> None:
     """Add the sums of the layer that closes a block, once the other layers are pruned.
 
-    It is called once for each sequence. Its E is all that the hidden states after the block lack,
-    compared with the dense model.
+    The layer is called once for each sequence. Its E is all that the hidden states after the block
+    lack, compared with the dense model.
     """
     for before, wanted in zip(states, dense_after, strict=True):
         after, products = call.record(before)

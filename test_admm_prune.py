@@ -432,7 +432,7 @@ def test_architectures(kind):
     for result in results:
         name = "{block}.{name}".format(**result)
         gone = round(result["sparsity"] * math.prod(result["shape"]))
-        assert result["sparsity"] > 0.49, name
+        assert gone >= round(0.5 * math.prod(result["shape"])), name
         zeros[f"{name}.weight" if name in linears else name.rpartition(".")[0]] += gone
     assert grams.keys() == {"{block}.{name}".format(**result) for result in results}
     parameters = dict(blocks.named_parameters(remove_duplicate=False))
@@ -509,7 +509,6 @@ def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypa
     model.requires_grad_(False)  # as users of adapters have it
     prune_tiny(model, lambda weight, gram: weight, error_propagation=True, tokens=tokens)
     assert torch.equal(torch.get_rng_state(), random_state)
-    row_weights, _ = probes[1]
     block = eval_ppl.find_blocks(model)[1]
     outputs = {}
     for name in ["", *find_linears(block)]:
@@ -521,12 +520,12 @@ def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypa
     after = outputs.pop("")
     generator = torch.Generator().manual_seed(0)
     signs = torch.cat([torch.randint(2, row.shape, generator=generator) for row in after.split(1)])
-    assert row_weights.keys() == outputs.keys()
+    assert probes[1][0].keys() == outputs.keys()
     for name, output in outputs.items():
         [g] = torch.autograd.grad(after, output, 2.0 * signs - 1, retain_graph=True)
         s = g.double().square().flatten(0, -2).sum(0)
-        r = row_weights[name][:, 0].double()
-        torch.testing.assert_close(r, (s + s.mean()).sqrt(), rtol=1e-3, atol=1e-6)
+        expected = (s + s.mean()).sqrt()[:, None].float()
+        torch.testing.assert_close(probes[1][0][name], expected, rtol=1e-3, atol=1e-6)
 
 
 def multiplier_behind(model):  # as in Granite, but closer to 1
@@ -577,7 +576,9 @@ def test_options_give_each_layer_its_own_sparsity_or_leave_it_as_it_is(kind):
     assert len(asked) == len(set(asked)) == (21 if kind == "llama" else 36)
     for result in results:
         assert result["sparsity"] == pytest.approx(own.get(result["name"], 0.5), abs=1e-3)
-    assert len(results) == (10 if kind == "llama" else 20)
+    assert {(result["block"], result["name"]) for result in results} == {
+        (block, name) for block, name in asked if block > 0 and name not in dense
+    }
     for name, p in eval_ppl.find_blocks(model).named_parameters():
         if name.startswith("0.") or re.search("k_proj|up_proj.weight", name):
             assert torch.equal(p, before[name]), name
@@ -585,11 +586,14 @@ def test_options_give_each_layer_its_own_sparsity_or_leave_it_as_it_is(kind):
 
 @pytest.mark.parametrize("kind", ["llama4_text", "phimoe", "qwen2_moe", "jetmoe"])
 def test_routers_stay_dense_unless_options_say_otherwise(kind):
-    routers = re.compile("router|gate$")
-    names = {result["name"] for result in prune_tiny(make_model(kind), ap.wanda)}
+    default = prune_tiny(make_model(kind), ap.wanda)
     every = prune_tiny(make_model(kind), ap.wanda, options=lambda block, name: {})
-    all_names = {result["name"] for result in every}
-    assert all_names - names == {name for name in all_names if routers.search(name)} != set()
+    names = {result["name"] for result in every}
+    assert (
+        names - {result["name"] for result in default}
+        == {name for name in names if re.search("router|gate$", name)}
+        != set()
+    )
 
 
 def test_a_weight_that_is_used_in_slices_stays_dense():
@@ -661,11 +665,12 @@ def test_experts_that_no_token_reaches_stay_dense():
     model = make_model("gpt_oss")
     for layer in model.model.layers:
         layer.mlp.router.bias.data[3] = -1e9
+    before = [layer.mlp.experts.gate_up_proj.data.clone() for layer in model.model.layers]
     prune_tiny(model, partial(ap.prune_weight, pattern=(2, 4)))
-    for layer in model.model.layers:
-        groups = layer.mlp.experts.gate_up_proj.unflatten(1, (-1, 4))  # (experts, in / 4, 4, out)
-        assert (groups[3] != 0).all()
-        assert ((groups[:3] != 0).sum(2) == 2).all()
+    for layer, stack in zip(model.model.layers, before, strict=True):
+        pruned = layer.mlp.experts.gate_up_proj  # (experts, in_features, out_features)
+        assert torch.equal(pruned[3], stack[3])
+        assert ((pruned[:3].unflatten(1, (-1, 4)) != 0).sum(2) == 2).all()
 
 
 def hand_on(model):  # what block 0 computes reaches block 2 past the hidden states
@@ -717,9 +722,9 @@ def test_what_goes_wrong_in_a_layer_names_it_and_keeps_its_type():
         with pytest.raises(error, match=message) as raised:
             prune_tiny(make_model().half(), prune)
         assert raised.value.__notes__ == ["block 0: self_attn.q_proj"]
-    nan = torch.full((3, 3), math.nan)
+    linear = ap.CalibratedLinear(4, "up_proj", torch.ones(3, 3), {}, 1, math.nan * torch.ones(3, 3))
     with pytest.raises(ValueError, match="the inputs are NaN or infinite"):
-        ap.prune_linear(ap.CalibratedLinear(4, "up_proj", nan, {}, 1, nan), ap.wanda, 1.0)
+        ap.prune_linear(linear, ap.wanda)
 
 
 @pytest.mark.parametrize("kind", ["T5", "Bart"])
@@ -813,8 +818,10 @@ def test_c4_gives_a_crop_of_each_long_document(tokenizer, monkeypatch):
 
     def sources(seed):
         rows = eval_ppl.calibration_tokens("c4", tokenizer, 6, 30, seed)
-        texts = map(tokenizer.decode, rows)
-        return [next(i for i, whole in enumerate(documents) if text in whole) for text in texts]
+        return [
+            next(i for i, text in enumerate(documents) if tokenizer.decode(row) in text)
+            for row in rows
+        ]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     first = sources(seed=0)
@@ -845,7 +852,8 @@ def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
     report = json.loads((out / "pruning_report.json").read_text())
     assert (report["arguments"]["device"], report["arguments"]["dtype"]) == ("cpu", "torch.float32")
     assert [(row["sparsity"], row["num_tokens"]) for row in report["linears"]] == [(0.5, 512)] * 21
-    assert "50.00% of 23,040 weights are zero" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "50.00% of 23,040 weights" in told and "eval_ppl.py --model tiny-magnitude-2of4" in told
     assert sum(math.prod(row["shape"]) for row in report["linears"]) == 23040
     model = hf.AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16  # that of the checkpoint
@@ -865,10 +873,10 @@ def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
         "--dataset",
         text,
     ]
-    printed = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    result = float(printed.split("perplexity ")[1].split()[0])
-    tokens = eval_ppl.evaluation_tokens(text, hf.AutoTokenizer.from_pretrained(out), 64)
-    assert result == pytest.approx(own_perplexity(model, tokens), rel=1e-4)
+    told = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    result = float(told.split("perplexity ")[1].split()[0])
+    windows = eval_ppl.evaluation_tokens(text, hf.AutoTokenizer.from_pretrained(out), 64)
+    assert result == pytest.approx(own_perplexity(model, windows), rel=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="transformers then keeps 8 bits")
@@ -925,10 +933,12 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
 
 def test_a_killed_run_leaves_no_output_and_the_next_one_is_the_same(folder, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = ["--sparsity", 0.7, "--dtype", "float16", "--error-propagation"]
+    options = ["--sparsity", 0.7, "--dtype", "float16", "--error-propagation", "--seed", 1]
+    assert run(monkeypatch, folder, *options, "--seed", 0, "--save", tmp_path / "seed 0") is None
     probes = spy(monkeypatch, "probe_block")
     assert run(monkeypatch, folder, *options, "--save", whole) is None
     assert probes[0][1] == "mlp.down_proj"  # error propagation has reached the loop
+    assert len({(tmp_path / f / "model.safetensors").read_bytes() for f in ("seed 0", whole)}) == 2
     program = (
         "import admm_prune, os, pathlib, signal\n"
         "pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -938,11 +948,11 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_is_the_same(folder, tmp_
     assert subprocess.run(line, cwd=HERE).returncode == -signal.SIGKILL
     assert not out.exists()
     assert run(monkeypatch, folder, *options, "--save", out) is None
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (whole / name).read_bytes() == (out / name).read_bytes(), name
+    for path in set(whole.iterdir()) - {whole / "pruning_report.json"}:  # it names the folder
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
     report = json.loads((out / "pruning_report.json").read_text())
     assert report["arguments"]["method"] == "admm-grad"
-    assert report["linears"][0]["sparsity"] == pytest.approx(0.7, abs=0.01)
+    assert {round(row["sparsity"], 2) for row in report["linears"]} == {0.7}
     assert hf.AutoConfig.from_pretrained(out).dtype == torch.float16
 
 
@@ -974,4 +984,4 @@ def test_a_real_llama_loses_least_by_the_better_methods():
         prune_tiny(model, prune, error_propagation, tokens=tokens[:3])
         states = ap.record_calls(model, tokens[3:], CPU)[1]
         errors.append(ap.relative_difference(states[-1], after[-1]))
-    assert errors == sorted(errors)
+    assert errors == sorted(set(errors))
