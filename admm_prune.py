@@ -1,9 +1,8 @@
 """Layer-wise pruning of large language models with ADMM: no training, no fine-tuning.
 
-    python admm_prune.py --model facebook/opt-6.7b --sparsity 0.5
-    python admm_prune.py --model meta-llama/Llama-2-7b-hf --pattern 2:4
-    python admm_prune.py --model facebook/opt-6.7b --method admm-obs --error-propagation
-    python admm_prune.py --demo --sparsity 0.6      # a small real LLaMA, no model hub needed
+    python admm_prune.py --model facebook/opt-6.7b --sparsity 0.5    # as published
+    python admm_prune.py --model Qwen/Qwen3-8B --pattern 2:4 --method admm-obs --error-propagation
+    python admm_prune.py --demo --sparsity 0.6    # a small real LLaMA, no model hub needed
 
 For each linear layer with weight W and calibration inputs X, we look for a sparse W' that minimises
 
@@ -372,8 +371,8 @@ def prune_model(
             collect_closing_linear(linears[closing_name], call, states, dense_after)
             results.append(prune_linear(linears.pop(closing_name), prune))
         # 4. The hidden states go through the pruned block.
+        dense_states = dense_after  # first, since this frees those before the block
         states = [to_host(call(before)) for before in states]
-        dense_states = dense_after
         call.block.cpu()
     if not results:
         raise ValueError(f"no layer of {type(model).__name__} was pruned")
