@@ -579,17 +579,16 @@ def probe_block(
     for before in dense_states[:PROBE_SEQUENCES]:
         with torch.enable_grad():
             after, products = call.record(before.detach().requires_grad_())
-        probed = [p for p in products.values() if p.edge is not None and not p.is_expert]
+        edges = {n: p.edge for n, p in products.items() if p.edge is not None and not p.is_expert}
         # 1 and -1 are exact in each dtype, so the gradient of a closing layer is exact, too.
         signs = (2 * torch.randint(2, after.shape, generator=generator) - 1).to(after)
-        edges = [product.edge for product in probed]
-        gradients = torch.autograd.grad(after, edges, signs, allow_unused=True)
-        for product, gradient in zip(probed, gradients, strict=True):
+        gradients = torch.autograd.grad(after, list(edges.values()), signs, allow_unused=True)
+        for name, gradient in zip(edges, gradients, strict=True):
             if gradient is not None:
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
-                sums[product.name] += g.square().sum(0)
+                sums[name] += g.square().sum(0)
                 if torch.equal(g, signs[0].float()):
-                    closing_name = product.name
+                    closing_name = name
     row_weights = {name: (s + s.mean()).sqrt()[:, None] for name, s in sums.items() if s.any()}
     return row_weights, closing_name
 
@@ -601,12 +600,11 @@ def probe_block(
 class Product:
     """A product X W^T within a block. X and Y are copies: the block may change its own in place."""
 
-    name: str  # of the layer, within the block
     is_expert: bool  # whether the layer is an expert of a mixture, which gets some of the tokens
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32
     Y: Tensor  # the product, plus a bias if there is one, (tokens, out_features) float32
-    edge: GradientEdge | None  # where the gradient at the product is found; None: not asked for
+    edge: GradientEdge | None  # where autograd has the gradient at Y; None: it has no gradient
 
 
 class ProductRecorder(TorchFunctionMode):
@@ -659,9 +657,8 @@ class ProductRecorder(TorchFunctionMode):
         if name is None or weight.ndim != 2 or x.numel() == 0:
             return  # no weight of the block, or an expert without tokens
         if name in self.products:
-            raise ValueError(f"the block calls {name} more than once")
+            raise ValueError(f"a block cannot be pruned if it calls {name} more than once")
         self.products[name] = Product(
-            name=name,
             is_expert=is_expert,
             weight=weight,
             X=x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True),

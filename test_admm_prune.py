@@ -727,7 +727,7 @@ def hand_on(model, share=0.01):  # what block 0 computes reaches block 2 past th
             lambda m: m.model.layers[0].mlp.register_forward_pre_hook(
                 lambda mlp, args: setattr(mlp, "again", mlp.up_proj(args[0]))
             ),
-            "the block calls mlp.up_proj more than once",
+            "if it calls mlp.up_proj more than once",
         ),
         (  # the position embeddings depend on the tokens
             lambda m: m.model.rotary_emb.register_forward_hook(
