@@ -17,8 +17,9 @@ the hidden states after the block.
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
-loop over the decoder blocks, with `prune_block` and `prune_linear`. That is what was published.
-Error propagation has a section of its own, and last comes the machinery that both need.
+loop over the decoder blocks, with `prune_block` and `prune_linear`. Apart from `OBS`, that is what
+was published. Error propagation has a section of its own, and last comes the machinery that both
+need.
 """
 
 import argparse
@@ -56,9 +57,9 @@ Pattern = tuple[int, int]  # (N, M): keep N of every M consecutive entries of a 
 class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are those of the paper."""
 
-    damping: float = 0.1  # share by which the diagonal of the Gram matrix grows; G may be singular
-    rho: float = 1.0  # penalty; the diagonal of the scaled Gram matrix is 1 before damping
-    growing_steps: int = 15  # steps in which the sparsity grows to its final value
+    damping: float = 0.1  # share by which the diagonal of G grows, since G may be singular
+    rho: float = 1.0  # penalty, relative to the mean diagonal of the scaled G, which is 1
+    growing_steps: int = 15  # steps in which the sparsity grows to its final value, at least 1
     moving_steps: int = 0  # steps at the final sparsity in which the mask is still selected anew
     frozen_steps: int = 6  # steps in which the mask stays the same
     obs: bool = False  # True: rank entries as optimal brain surgeon does. False: as Wanda does.
@@ -87,14 +88,17 @@ def prune_weight(
         config: hyperparameters of ADMM: those of the paper, or `OBS`.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
-    Raises: ValueError if sparsity, pattern or mask is invalid; torch.linalg.LinAlgError if a matrix
-        to invert is singular, which can happen with damping 0, or is not finite.
+    Raises: ValueError if an argument is invalid; torch.linalg.LinAlgError if a matrix to invert is
+        singular, which can happen with damping 0, or is not finite.
     """
     if mask is not None and mask.shape != weight.shape:
         raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
+    if config.growing_steps < 1:
+        raise ValueError(f"growing_steps must be at least 1, got {config.growing_steps}")
     gram = gram.float()
-    # Damping is relative to the norms. A feature that is hardly ever active would thus have next to
-    # none, and N:M, which keeps N entries of each group, could give it huge weights.
+    # Damping is relative to the norms. A feature that is hardly ever active would thus get next to
+    # no damping, and N:M, which keeps N entries of each group, could give it huge weights. The
+    # floor is ours.
     norms = clamped_norms(gram.diagonal(), floor=0.01)  # (in,): ||x|| of each input feature
     H = gram.diagonal_scatter((1 + config.damping) * norms**2)  # (in, in): G with damping
     # Feature j is divided by d_j, chosen below, so that one rho suits all features, and column j of
@@ -104,8 +108,8 @@ def prune_weight(
         # Removing W_ij costs W_ij^2 / [H^-1]_jj if the other entries of its row adapt to it
         # (optimal brain surgeon). With this d, the cost is the square of the entry of W0.
         d = inverse(H).diagonal().rsqrt()
-        # A common factor changes no mask. With this one, the mean diagonal of A is that of Wanda's
-        # d, 1 + damping, and one rho suits all layers.
+        # A common factor changes no mask. With this one, the mean diagonal of A is 1 + damping, as
+        # it is with Wanda's d, and one rho suits all layers.
         d = d * (norms / d).square().mean().sqrt()
     else:
         d = norms  # then |W0| is Wanda's score
@@ -125,7 +129,7 @@ def prune_weight(
         # W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
         if mask is None and step <= selecting_steps:
-            growth = min(step / max(config.growing_steps, 1), 1.0)
+            growth = min(step / config.growing_steps, 1.0)
             share = 1 - (1 - growth) ** 3  # paper, section 4
             # To select entries in another way, replace this call. It gets a scaled weight, whose
             # magnitudes say what the entries are worth, and returns True where an entry is kept.
@@ -286,23 +290,25 @@ def sum_over_tokens(A: Tensor, X: Tensor, model_dtype: torch.dtype) -> Tensor:
     """Return A^T X for A, (tokens, any), and X, (tokens, in_features), both float32.
 
     If the model has 16 bits, a GPU multiplies in TF32, which an A100 does eight times as fast as in
-    float32. Inputs X of 16 bits are exact in TF32, and products are still added in float32. The
-    setting of the caller is restored.
+    float32. X is exact in TF32, as are all numbers of 16 bits, and the products are still added in
+    float32. E of the error propagation is rounded to 11 bits, but the outputs that it is the
+    difference of have no more.
     """
     matmul = torch.backends.cuda.matmul
-    precision_before = matmul.fp32_precision
-    has_16_bits = model_dtype in (torch.bfloat16, torch.float16)
+    precision_of_the_caller = matmul.fp32_precision
     try:
-        matmul.fp32_precision = "tf32" if has_16_bits else precision_before
+        if model_dtype in (torch.bfloat16, torch.float16):
+            matmul.fp32_precision = "tf32"
         return A.T @ X
     finally:
-        matmul.fp32_precision = precision_before
+        matmul.fp32_precision = precision_of_the_caller
 
 
 def leave_routers_dense(block: int, name: str) -> dict | None:
-    """Return None for the router of a mixture of experts, and no arguments for other layers.
+    """Return None for the router of a mixture of experts, and {} for other layers.
 
-    Common practice leaves routers dense: they are small, and they choose the experts.
+    This is the default of `options` in `prune_model`. Common practice leaves routers dense: they
+    are small, and they choose the experts.
     """
     routers = {"router", "gate", "shared_expert_gate", "router_gate"}
     return {} if routers.isdisjoint(name.split(".")) else None
@@ -362,7 +368,9 @@ def prune_model(
     device = eval_ppl.select_device(device)
     model.cpu().eval()
     model.set_experts_implementation("eager")  # fused kernels would hide the products
-    # A `BlockCall` is a block with its other arguments, such as masks; call(before) runs it.
+    # A `BlockCall` is a block with its other arguments, such as masks. call(before) returns the
+    # hidden states after the block, and call.record(before) also the products X W^T in it, by the
+    # name of the layer.
     calls = checked_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = embed(model, tokens, device)
@@ -371,14 +379,13 @@ def prune_model(
     for call in tqdm(calls, "pruning blocks"):
         call.block.to(device)
         if error_propagation:
-            pruned, dense_states = prune_block_with_error_propagation(
+            block_results, dense_states = prune_block_with_error_propagation(
                 call, states, dense_states, prune, options
             )
         else:
-            pruned = prune_block(call, states, prune, options)
-        results += pruned
-        # The hidden states go through the pruned block.
-        states = [to_host(call(before)) for before in states]
+            block_results = prune_block(call, states, prune, options)
+        results += block_results
+        states = [to_host(call(before)) for before in states]  # through the pruned block
         call.block.cpu()
     if not results:
         raise ValueError(f"no layer of {type(model).__name__} was pruned")
@@ -399,6 +406,7 @@ def prune_block(
         for name, product in products.items():
             new = CalibratedLinear(call.index, name, product.weight)
             linears.setdefault(name, new).add(product.X)
+    del products  # of the last sequence
     results = []
     for name in list(linears):
         # pop, so that the sums of a layer are freed before the next one is pruned
@@ -415,7 +423,7 @@ def prune_linear(
     propagation. It returns the weight to approximate, by default that of the model.
 
     Return a list of one dict, as described in `prune_model`, or an empty list if the layer is to
-    stay as it is.
+    stay as it is, so that the caller can use +=.
     """
     arguments = options(linear.block, linear.name)
     if arguments is None:
@@ -472,7 +480,8 @@ def prune_block_with_error_propagation(
     row_weights, closing_name = probe_block(call, dense_states)
 
     # 2. The hidden states of both models go through the dense block. They differ by what the blocks
-    #    before it have lost, and so do the outputs of its layers, by E.
+    #    before it have lost. E is what the outputs of a layer lack therefore, compared with the
+    #    dense model. For an expert there is no E, since it gets other tokens in the dense model.
     linears = {}
     EtX = defaultdict(float)  # name -> E^T X, (out_features, in_features) float32
     dense_after = []
@@ -484,9 +493,10 @@ def prune_block_with_error_propagation(
         for name, product in products.items():
             new = CalibratedLinear(call.index, name, product.weight)
             linears.setdefault(name, new).add(product.X)
-            if not product.is_expert:  # an expert gets other tokens in the dense model
+            if not product.is_expert:
                 E = dense_products[name].Y - product.Y
                 EtX[name] += sum_over_tokens(E, product.X, product.weight.dtype)
+    del products, dense_products  # of the last sequence
 
     # 3. Each layer but the closing layer is corrected and pruned.
     results = []
@@ -495,8 +505,9 @@ def prune_block_with_error_propagation(
         weighed = partial(prune_weighed, prune=prune, row_weights=row_weights.get(name, 1.0))
         results += prune_linear(linears.pop(name), weighed, options, correct)
 
-    # 4. The hidden states go through the block with only the closing layer dense. Its E is all that
-    #    they lack after the block. All its outputs move them alike, so that it has no row weights.
+    # 4. The hidden states go through the block, in which the closing layer is still dense. For this
+    #    layer, E is all that the hidden states lack after the block. It has no row weights, since
+    #    all its outputs move the hidden states alike.
     if closing_name is not None:
         for before, dense_state in zip(states, dense_after, strict=True):
             after, products = call.record(before)
@@ -505,6 +516,7 @@ def prune_block_with_error_propagation(
             linears.setdefault(closing_name, new).add(product.X)
             E = dense_state.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
             EtX[closing_name] += sum_over_tokens(E[0], product.X, product.weight.dtype)
+        del products
         correct = partial(correct_weight, EtX=EtX[closing_name])
         results += prune_linear(linears[closing_name], prune, options, correct)
     return results, dense_after
@@ -554,9 +566,9 @@ def probe_block(
     states of the dense model before the block; the first `PROBE_SEQUENCES` of them are used.
 
     The probe is a backward pass through the block. It starts from random signs, 1 or -1, one at
-    each entry of the hidden states after the block. Let g be the gradient at an output of a layer.
-    On average over the signs, products of different entries cancel, and g^2 is the sum of the
-    squared derivatives of all these entries with respect to this output.
+    each entry of the hidden states after the block. Let g be the gradient at an output y of a
+    layer: g = sum_k sign_k dh_k/dy, with a term for each entry h_k. In g^2, products of different
+    terms cancel on average over the signs, and what is left is sum_k (dh_k/dy)^2.
 
     Row weights: let s_i be the sum of g_i^2 over the tokens. It tells how far an error of output i
     moves the hidden states after the block. The row weights are r, (out_features, 1), with
@@ -576,19 +588,22 @@ def probe_block(
     closing_name = None
     # A seeded generator on the host gives the same signs for each block, and the same on a GPU.
     generator = torch.Generator().manual_seed(0)
-    for before in dense_states[:PROBE_SEQUENCES]:
+    for dense_state in dense_states[:PROBE_SEQUENCES]:
+        before = dense_state.detach().requires_grad_()
         with torch.enable_grad():
-            after, products = call.record(before.detach().requires_grad_())
+            after, products = call.record(before)
         edges = {n: p.edge for n, p in products.items() if p.edge is not None and not p.is_expert}
         # 1 and -1 are exact in each dtype, so the gradient of a closing layer is exact, too.
         signs = (2 * torch.randint(2, after.shape, generator=generator) - 1).to(after)
-        gradients = torch.autograd.grad(after, list(edges.values()), signs, allow_unused=True)
-        for name, gradient in zip(edges, gradients, strict=True):
+        # `before` is there for blocks without edges: autograd refuses an empty list.
+        inputs = [*edges.values(), before]
+        gradients = torch.autograd.grad(after, inputs, signs, allow_unused=True)
+        for name, gradient in zip(edges, gradients, strict=False):
             if gradient is not None:
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[name] += g.square().sum(0)
                 if torch.equal(g, signs[0].float()):
-                    closing_name = name
+                    closing_name = name  # the last one stays
     row_weights = {name: (s + s.mean()).sqrt()[:, None] for name, s in sums.items() if s.any()}
     return row_weights, closing_name
 
@@ -674,8 +689,8 @@ class ProductRecorder(TorchFunctionMode):
         # A stack begins where its expert 0 begins.
         if (weights.data_ptr(), weights.shape[1:].numel()) in self.weights:
             for x_of_expert, weight, y in zip(x, weights, output, strict=True):
-                is_mine = x_of_expert.any(-1)
-                self.add_product(x_of_expert[is_mine], weight, y[is_mine])
+                is_routed = x_of_expert.any(-1)
+                self.add_product(x_of_expert[is_routed], weight, y[is_routed])
 
 
 # ---------------------------------------------------------------------------- calls of the blocks
@@ -785,12 +800,16 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
     for call in tqdm(calls, "checking blocks"):
         call.block.to(device)
-        # As in pruning, both sequences go through a block before the next one. If blocks share a
-        # cache of keys and values, the sequences get mixed, and their states differ.
-        replayed = [to_host(call(own[call.index])) for own in (states, second_states)]
+        # Both sequences go through a block before the next block, as they do in pruning. If blocks
+        # share a cache of keys and values, it mixes the sequences, and the check fails.
+        first_after = to_host(call(states[call.index]))
+        second_after = to_host(call(second_states[call.index]))
         call.block.cpu()
-        for after, own in zip(replayed, (states, second_states), strict=True):
-            difference = relative_difference(after, own[call.index + 1])
+        for after, expected in (
+            (first_after, states[call.index + 1]),
+            (second_after, second_states[call.index + 1]),
+        ):
+            difference = relative_difference(after, expected)
             if not difference <= tolerance:  # also true for NaN
                 raise ValueError(
                     "the model cannot be pruned block by block: the hidden states after block "
@@ -938,6 +957,7 @@ def demo(args: argparse.Namespace) -> None:
     device = eval_ppl.select_device(args.device)
     count = min(args.nsamples, 3)  # enough for a comparison, and minutes on a CPU
     seqlen = min(args.seqlen, 512)
+    # The text is that of Python's help(), which needs no download.
     print(f"SmolLM2-135M-Instruct: {count} x {seqlen} tokens to calibrate, as many to test")
     tokenizer, _ = eval_ppl.load_tokenizer("smollm2", seqlen)
     ids = eval_ppl.tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))

