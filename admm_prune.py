@@ -525,8 +525,11 @@ def prune_block_with_error_propagation(
 def prune_weighed(
     weight: Tensor, gram: Tensor, *, prune: Callable, row_weights: Tensor | float, **arguments
 ) -> Tensor:
-    """Return a weight pruned by `prune` with its rows weighed: prune(r W) / r."""
-    return prune(weight * row_weights, gram, **arguments) / row_weights
+    """Return a weight pruned by `prune` with its rows weighed: prune(r W) / r.
+
+    The weight is changed in place, as a method may do.
+    """
+    return prune(weight.mul_(row_weights), gram, **arguments) / row_weights
 
 
 def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
@@ -802,14 +805,11 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
         call.block.to(device)
         # Both sequences go through a block before the next block, as they do in pruning. If blocks
         # share a cache of keys and values, it mixes the sequences, and the check fails.
-        first_after = to_host(call(states[call.index]))
-        second_after = to_host(call(second_states[call.index]))
+        # `record` refuses a block that calls a layer twice, here before anything is pruned.
+        replayed = [call.record(one[call.index])[0].cpu() for one in (states, second_states)]
         call.block.cpu()
-        for after, expected in (
-            (first_after, states[call.index + 1]),
-            (second_after, second_states[call.index + 1]),
-        ):
-            difference = relative_difference(after, expected)
+        for after, one in zip(replayed, (states, second_states), strict=True):
+            difference = relative_difference(after, one[call.index + 1])
             if not difference <= tolerance:  # also true for NaN
                 raise ValueError(
                     "the model cannot be pruned block by block: the hidden states after block "
@@ -909,30 +909,32 @@ def prune_and_save(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{folder} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB"
             )
-        stored_dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        stored_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         if args.dtype == "auto" and device.type == "cpu":
             model.float()  # a CPU is slow in 16 bits
         # The arguments as they were used.
         report = {"arguments": vars(args) | {"device": device, "dtype": model.dtype, "bos": bos}}
         prune = partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern)
         report["linears"] = prune_model(model, tokens, prune, args.error_propagation, device)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(stored_dtypes[name])
+        for name, tensor in model.state_dict(keep_vars=True).items():  # parameters and buffers
+            tensor.data = tensor.data.to(stored_dtypes[name])
         output = Path(temporary) / folder.name
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
         (output / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
         output.rename(folder)
-    minutes = (time.time() - start) / 60
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    print(f"{describe_zeros(model)}; {minutes:.1f} minutes, {peak:.1f} GiB of GPU memory")
+    spent = f"{(time.time() - start) / 60:.1f} minutes"
+    if device.type == "cuda":
+        spent += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory"
+    print(f"{describe_zeros(model)}; {spent}")
     print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
 
 
 def describe_zeros(model: PreTrainedModel) -> str:
     """Return a text: the share of zeros in all matrices of the blocks, and which ones are dense.
 
-    A matrix is called dense here if less than 1 % of it is zero.
+    A name is called dense if in any block less than 1 % of the matrix is zero. A stack of experts
+    counts as one matrix.
     """
     matrices = {
         name: parameter
@@ -946,10 +948,8 @@ def describe_zeros(model: PreTrainedModel) -> str:
         if zeros[name] < 0.01 * matrix.numel()
     }
     entries = sum(matrix.numel() for matrix in matrices.values())
-    left_dense = ", ".join(sorted(dense)) if dense else "none"
-    return (
-        f"{sum(zeros.values()) / entries:.2%} of {entries:,} weights are zero (dense: {left_dense})"
-    )
+    share = f"{sum(zeros.values()) / entries:.2%} of {entries:,} weights are zero"
+    return f"{share} (dense: {', '.join(sorted(dense))})" if dense else share
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -1015,8 +1015,8 @@ def main() -> None:
     for name in ("method", "error_propagation", "calibration", "seed", "bos", "save"):
         if args.demo and getattr(args, name) != cli.get_default(name):
             cli.error(
-                "--demo takes --sparsity or --pattern, --nsamples up to 3, --seqlen up to 512, "
-                "--device and --dtype, and no other options"
+                "--demo takes only --sparsity or --pattern, --nsamples and --seqlen, of which it "
+                "uses at most 3 and 512, --device and --dtype"
             )
     with eval_ppl.one_line_errors("admm_prune.py"):
         run = demo if args.demo else prune_and_save
