@@ -59,7 +59,7 @@ class ADMMConfig:
 
     damping: float = 0.1  # share by which the diagonal of G grows, since G may be singular
     rho: float = 1.0  # penalty, relative to the mean diagonal of the scaled G, which is 1
-    growing_steps: int = 15  # steps in which the sparsity grows to its final value, at least 1
+    growing_steps: int = 15  # steps in which the sparsity grows to its final value
     moving_steps: int = 0  # steps at the final sparsity in which the mask is still selected anew
     frozen_steps: int = 6  # steps in which the mask stays the same
     obs: bool = False  # True: rank entries as optimal brain surgeon does. False: as Wanda does.
@@ -93,8 +93,6 @@ def prune_weight(
     """
     if mask is not None and mask.shape != weight.shape:
         raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
-    if config.growing_steps < 1:
-        raise ValueError(f"growing_steps must be at least 1, got {config.growing_steps}")
     gram = gram.float()
     # Damping is relative to the norms. A feature that is hardly ever active would thus get next to
     # no damping, and N:M, which keeps N entries of each group, could give it huge weights. The
@@ -129,7 +127,7 @@ def prune_weight(
         # W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
         if mask is None and step <= selecting_steps:
-            growth = min(step / config.growing_steps, 1.0)
+            growth = min(step / max(config.growing_steps, 1), 1.0)
             share = 1 - (1 - growth) ** 3  # paper, section 4
             # To select entries in another way, replace this call. It gets a scaled weight, whose
             # magnitudes say what the entries are worth, and returns True where an entry is kept.
@@ -923,10 +921,9 @@ def prune_and_save(args: argparse.Namespace) -> None:
         tokenizer.save_pretrained(output)
         (output / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
         output.rename(folder)
-    spent = f"{(time.time() - start) / 60:.1f} minutes"
-    if device.type == "cuda":
-        spent += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory"
-    print(f"{describe_zeros(model)}; {spent}")
+    minutes = (time.time() - start) / 60
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    print(f"{describe_zeros(model)}; {minutes:.1f} minutes, {peak:.1f} GiB of CUDA memory")
     print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
 
 
