@@ -17,9 +17,9 @@ the hidden states after the block.
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
-loop over the decoder blocks, with `prune_block` and `prune_linear`. Apart from `OBS`, that is what
-was published. Error propagation has a section of its own, and last comes the machinery that both
-need.
+loop over the decoder blocks, with `prune_block` and `prune_linear`. Apart from `OBS` and a floor of
+the norms, that is what was published. Error propagation has a section of its own, and last comes
+the machinery that both need.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class ADMMConfig:
     """Hyperparameters of ADMM. The defaults are those of the paper."""
 
     damping: float = 0.1  # share by which the diagonal of G grows, since G may be singular
-    rho: float = 1.0  # penalty, relative to the mean diagonal of the scaled G, which is 1
+    rho: float = 1.0  # penalty; without damping, the scaled G has the mean diagonal 1
     growing_steps: int = 15  # steps in which the sparsity grows to its final value
     moving_steps: int = 0  # steps at the final sparsity in which the mask is still selected anew
     frozen_steps: int = 6  # steps in which the mask stays the same
@@ -160,8 +160,8 @@ def select_mask(
     each row. With a pattern (N, M), which overrides `sparsity`, it is False at all entries but the
     N largest of each group of M.
 
-    A `share` below 1 is for a gradual mask: of the entries that are False at share 1, only this
-    share is False, namely the smallest of the whole matrix.
+    A `share` below 1 is for a gradual mask. Then only this share of these entries is False: the
+    smallest of them in the whole matrix.
 
     Raises: ValueError if sparsity or pattern is invalid.
     """
@@ -289,8 +289,8 @@ def sum_over_tokens(A: Tensor, X: Tensor, model_dtype: torch.dtype) -> Tensor:
 
     If the model has 16 bits, a GPU multiplies in TF32, which an A100 does eight times as fast as in
     float32. X is exact in TF32, as are all numbers of 16 bits, and the products are still added in
-    float32. E of the error propagation is rounded to 11 bits, but the outputs that it is the
-    difference of have no more.
+    float32. A is X or, in error propagation, a difference of two outputs. TF32 rounds the
+    difference to 11 bits, but the outputs themselves have no more.
     """
     matmul = torch.backends.cuda.matmul
     precision_of_the_caller = matmul.fp32_precision
@@ -404,7 +404,7 @@ def prune_block(
         for name, product in products.items():
             new = CalibratedLinear(call.index, name, product.weight)
             linears.setdefault(name, new).add(product.X)
-    del products  # of the last sequence
+    del products  # frees the copies of the last sequence
     results = []
     for name in list(linears):
         # pop, so that the sums of a layer are freed before the next one is pruned
@@ -477,9 +477,9 @@ def prune_block_with_error_propagation(
     # 1. A probe of the dense block.
     row_weights, closing_name = probe_block(call, dense_states)
 
-    # 2. The hidden states of both models go through the dense block. They differ by what the blocks
-    #    before it have lost. E is what the outputs of a layer lack therefore, compared with the
-    #    dense model. For an expert there is no E, since it gets other tokens in the dense model.
+    # 2. The hidden states of both models go through the dense block. They differ only by what
+    #    earlier blocks have lost. E, dense output minus output, is what a layer lacks on that
+    #    account. For an expert there is no E, since it gets other tokens in the dense model.
     linears = {}
     EtX = defaultdict(float)  # name -> E^T X, (out_features, in_features) float32
     dense_after = []
@@ -487,14 +487,14 @@ def prune_block_with_error_propagation(
         after, dense_products = call.record(dense_before)
         dense_after.append(to_host(after))
         _, products = call.record(before)
-        products.pop(closing_name, None)
+        products.pop(closing_name, None)  # step 4 records it anew
         for name, product in products.items():
             new = CalibratedLinear(call.index, name, product.weight)
             linears.setdefault(name, new).add(product.X)
             if not product.is_expert:
                 E = dense_products[name].Y - product.Y
                 EtX[name] += sum_over_tokens(E, product.X, product.weight.dtype)
-    del products, dense_products  # of the last sequence
+    del products, dense_products  # frees the copies of the last sequence
 
     # 3. Each layer but the closing layer is corrected and pruned.
     results = []
@@ -507,14 +507,14 @@ def prune_block_with_error_propagation(
     #    layer, E is all that the hidden states lack after the block. It has no row weights, since
     #    all its outputs move the hidden states alike.
     if closing_name is not None:
-        for before, dense_state in zip(states, dense_after, strict=True):
+        for before, wanted in zip(states, dense_after, strict=True):
             after, products = call.record(before)
             product = products[closing_name]
             new = CalibratedLinear(call.index, closing_name, product.weight)
             linears.setdefault(closing_name, new).add(product.X)
-            E = dense_state.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
+            E = wanted.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
             EtX[closing_name] += sum_over_tokens(E[0], product.X, product.weight.dtype)
-        del products
+        del products  # frees the copies of the last sequence
         correct = partial(correct_weight, EtX=EtX[closing_name])
         results += prune_linear(linears[closing_name], prune, options, correct)
     return results, dense_after
@@ -551,6 +551,7 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
         dtype.
     """
     D = torch.diag(clamped_norms(gram.diagonal(), floor=0.1) ** 2)
+    # cholesky_solve gives (G + D)^-1 X^T E, the transpose of E^T X (G + D)^-1.
     return weight + 0.5 * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(gram + D)).T
 
 
@@ -567,9 +568,10 @@ def probe_block(
     states of the dense model before the block; the first `PROBE_SEQUENCES` of them are used.
 
     The probe is a backward pass through the block. It starts from random signs, 1 or -1, one at
-    each entry of the hidden states after the block. Let g be the gradient at an output y of a
-    layer: g = sum_k sign_k dh_k/dy, with a term for each entry h_k. In g^2, products of different
-    terms cancel on average over the signs, and what is left is sum_k (dh_k/dy)^2.
+    each entry of the hidden states after the block. Let g be the gradient at one entry y of the
+    outputs of a layer: g = sum_k sign_k dh_k/dy, with a term for each entry h_k of any token. In
+    g^2, products of different terms cancel on average over the signs, and what is left is
+    sum_k (dh_k/dy)^2.
 
     Row weights: let s_i be the sum of g_i^2 over the tokens. It tells how far an error of output i
     moves the hidden states after the block. The row weights are r, (out_features, 1), with
@@ -593,10 +595,15 @@ def probe_block(
         before = dense_state.detach().requires_grad_()
         with torch.enable_grad():
             after, products = call.record(before)
-        edges = {n: p.edge for n, p in products.items() if p.edge is not None and not p.is_expert}
+        edges = {
+            name: product.edge
+            for name, product in products.items()
+            if product.edge is not None and not product.is_expert
+        }
         # 1 and -1 are exact in each dtype, so the gradient of a closing layer is exact, too.
         signs = (2 * torch.randint(2, after.shape, generator=generator) - 1).to(after)
-        # `before` is there for blocks without edges: autograd refuses an empty list.
+        # `before` is added for blocks without edges, since autograd refuses an empty list. It comes
+        # last, and zip drops its gradient.
         inputs = [*edges.values(), before]
         gradients = torch.autograd.grad(after, inputs, signs, allow_unused=True)
         for name, gradient in zip(edges, gradients, strict=False):
@@ -636,9 +643,9 @@ class ProductRecorder(TorchFunctionMode):
         super().__init__()
         self.products: dict[str, Product] = {}
         # A weight is recognised by the address of its first entry and by its number of entries. For
-        # example, x @ W.T has a new tensor W.T, but at the address of W. A slice W[:10] is there as
-        # well, but has fewer entries. The values are the name of the layer, and whether it is an
-        # expert.
+        # example, x @ W.T has a new tensor W.T, but at the address of W. A slice W[:10] has the
+        # same address, but fewer entries. The values are the name of the layer, and whether it is
+        # an expert.
         self.weights: dict[tuple[int, int], tuple[str, bool]] = {}
         # The experts of a mixture are modules below a list, or slices of a stack.
         modules = list(block.named_modules())
@@ -682,14 +689,14 @@ class ProductRecorder(TorchFunctionMode):
             edge=get_gradient_edge(output) if output.requires_grad else None,
         )
 
-    def add_stack(self, x: Tensor, weights: Tensor, output: Tensor) -> None:
+    def add_stack(self, x: Tensor, stack: Tensor, output: Tensor) -> None:
         """Add the products of all experts of a stack, which are computed at once, as in Llama 4.
 
         x is (experts, tokens, in_features), with a row of zeros where a token goes elsewhere.
         """
         # A stack begins where its expert 0 begins.
-        if (weights.data_ptr(), weights.shape[1:].numel()) in self.weights:
-            for x_of_expert, weight, y in zip(x, weights, output, strict=True):
+        if (stack.data_ptr(), stack.shape[1:].numel()) in self.weights:
+            for x_of_expert, weight, y in zip(x, stack, output, strict=True):
                 is_routed = x_of_expert.any(-1)
                 self.add_product(x_of_expert[is_routed], weight, y[is_routed])
 
@@ -802,8 +809,8 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
     for call in tqdm(calls, "checking blocks"):
         call.block.to(device)
         # Both sequences go through a block before the next block, as they do in pruning. If blocks
-        # share a cache of keys and values, it mixes the sequences, and the check fails.
-        # `record` refuses a block that calls a layer twice, here before anything is pruned.
+        # share a cache of keys and values, it mixes the sequences, and the check fails. `record`
+        # also refuses a block that calls a layer twice.
         replayed = [call.record(one[call.index])[0].cpu() for one in (states, second_states)]
         call.block.cpu()
         for after, one in zip(replayed, (states, second_states), strict=True):

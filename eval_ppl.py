@@ -94,7 +94,7 @@ def moved(tensors: Iterable[Tensor], device: torch.device):
     try:
         for tensor, data in before:
             tensor.data = data.to(device)
-        yield
+        yield  # None, so that a hook may return it and change nothing
     finally:
         for tensor, data in before:
             tensor.data = data
