@@ -65,8 +65,7 @@ class ADMMConfig:
     obs: bool = False  # True: rank entries as optimal brain surgeon does. False: as Wanda does.
 
 
-# Our own hyperparameters: those of the method "admm-obs". They were found by search, and are not
-# critical.
+# Our own hyperparameters: those of the method "admm-obs". They were found by search.
 OBS = ADMMConfig(rho=0.7, growing_steps=4, moving_steps=8, frozen_steps=5, obs=True)
 
 
@@ -106,8 +105,8 @@ def prune_weight(
         # Removing W_ij costs W_ij^2 / [H^-1]_jj if the other entries of its row adapt to it
         # (optimal brain surgeon). With this d, the cost is the square of the entry of W0.
         d = inverse(H).diagonal().rsqrt()
-        # A common factor changes no mask. With this one, the mean diagonal of A is 1 + damping, as
-        # it is with Wanda's d, and one rho suits all layers.
+        # A common factor of d changes no mask. With this one, the mean diagonal of A is
+        # 1 + damping, as it is with Wanda's d, and one rho suits all layers.
         d = d * (norms / d).square().mean().sqrt()
     else:
         d = norms  # then |W0| is Wanda's score
