@@ -10,25 +10,26 @@ For each linear layer with weight W and calibration inputs X, we look for a spar
 
 The default is the algorithm of "Fast and Effective Weight Update for Pruned Large Language Models"
 (Vladimír Boža, TMLR 2024, arXiv 2401.02938): ADMM with a gradual mask, which the paper calls
-ADMM-Grad. Our `--method admm-obs --error-propagation` is better. `admm-obs` has other constants and
-another rule for what an entry is worth. Error propagation looks beyond the single layer, and works
-with any method: it corrects layers for earlier errors, and weighs their rows by how far they move
-the hidden states after the block.
+ADMM-Grad. Our `--method admm-obs --error-propagation` has lower perplexities in all our
+measurements (README.md). `admm-obs` has other constants and another rule for what an entry is
+worth. Error propagation looks beyond the single layer, and works with any method: it corrects
+layers for earlier errors, and weighs their rows by how far they move the hidden states after the
+block.
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
-loop over the decoder blocks, with `prune_block` and `prune_linear`. Apart from `OBS` and a floor of
+loop over the decoder blocks, with `prune_block` and `prune_layer`. Apart from `OBS` and a floor of
 the norms, that is what was published. Error propagation has a section of its own, and last comes
-the machinery that both need.
+the machinery that both need. What both programs need, such as devices and loading, is in eval_ppl.
 """
 
 import argparse
 import copy
 import json
-import pydoc_data.topics
+import os
+import pydoc_data.topics  # the text of the demo
 import random
 import shutil
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from pathlib import Path
 
 import datasets
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -52,29 +54,19 @@ import eval_ppl
 
 Pattern = tuple[int, int]  # (N, M): keep N of every M consecutive entries of a row
 
-
-@dataclass(frozen=True)
-class ADMMConfig:
-    """Hyperparameters of ADMM. The defaults are those of the paper."""
-
-    damping: float = 0.1  # share by which the diagonal of G grows, since G may be singular
-    rho: float = 1.0  # penalty; without damping, the scaled G has the mean diagonal 1
-    growing_steps: int = 15  # steps in which the sparsity grows to its final value
-    moving_steps: int = 0  # steps at the final sparsity in which the mask is still selected anew
-    frozen_steps: int = 6  # steps in which the mask stays the same
-    obs: bool = False  # True: rank entries as optimal brain surgeon does. False: as Wanda does.
-
-
 # Our own hyperparameters: those of the method "admm-obs". They were found by search.
-OBS = ADMMConfig(rho=0.7, growing_steps=4, moving_steps=8, frozen_steps=5, obs=True)
+OBS = {"rho": 0.7, "growing_steps": 4, "moving_steps": 8, "frozen_steps": 5, "obs": True}
 
 
 @torch.no_grad()
 def prune_weight(
     weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None, *,
-    mask: Tensor | None = None, config: ADMMConfig = ADMMConfig(),
+    mask: Tensor | None = None, damping: float = 0.1, rho: float = 1.0, growing_steps: int = 15,
+    moving_steps: int = 0, frozen_steps: int = 6, obs: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return a weight pruned with ADMM and gradual mask selection (paper, sections 3 and 4).
+
+    The default hyperparameters are those of the paper; `**OBS` gives ours.
 
     Args:
         weight: W, (out_features, in_features), any float dtype.
@@ -84,7 +76,12 @@ def prune_weight(
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and ADMM then only optimises the values of the kept entries.
-        config: hyperparameters of ADMM: those of the paper, or `OBS`.
+        damping: share by which the diagonal of G grows, since G may be singular.
+        rho: penalty, relative to the scaled G, whose mean diagonal is 1 before damping.
+        growing_steps: steps in which the share of zeros grows to its final value.
+        moving_steps: further steps in which the mask is still selected anew.
+        frozen_steps: last steps, in which the mask stays the same.
+        obs: whether to rank entries as optimal brain surgeon does, instead of as Wanda does.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
     Raises: ValueError if an argument is invalid; torch.linalg.LinAlgError if a matrix to invert is
@@ -92,16 +89,21 @@ def prune_weight(
     """
     if mask is not None and mask.shape != weight.shape:
         raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
+    selecting_steps = growing_steps + moving_steps
+    if selecting_steps + frozen_steps < 1 or (mask is None and selecting_steps < 1):
+        raise ValueError("there must be a step, and without a mask, one that selects a mask")
     gram = gram.float()
-    # Damping is relative to the norms. A feature that is hardly ever active would thus get next to
-    # no damping, and N:M, which keeps N entries of each group, could give it huge weights. The
-    # floor is ours.
+    # As in the authors' code, features that are never active make the damping smaller.
+    damping = damping * float((gram.diagonal() > 0).float().mean())
+    # The damping of a feature is a share of its own squared norm, and thus almost nothing for a
+    # feature that is hardly ever active. N:M has to keep weights of such features, too, and these
+    # weights could become huge. So no norm counts as less than 1 % of the mean. This floor is ours.
     norms = clamped_norms(gram.diagonal(), floor=0.01)  # (in,): ||x|| of each input feature
-    H = gram.diagonal_scatter((1 + config.damping) * norms**2)  # (in, in): G with damping
+    H = gram.diagonal_scatter((1 + damping) * norms**2)  # (in, in): G with damping
     # Feature j is divided by d_j, chosen below, so that one rho suits all features, and column j of
-    # W is multiplied by it, so that the outputs stay the same. The smallest magnitudes of W0 = W d
-    # are pruned. So d also decides what an entry is worth.
-    if config.obs:
+    # W is multiplied by it, so that the outputs stay the same. The first mask prunes the smallest
+    # magnitudes of W0 = W d, so that d decides the first ranking. Later rankings are of V + U.
+    if obs:
         # Removing W_ij costs W_ij^2 / [H^-1]_jj if the other entries of its row adapt to it
         # (optimal brain surgeon). With this d, the cost is the square of the entry of W0.
         d = inverse(H).diagonal().rsqrt()
@@ -112,21 +114,25 @@ def prune_weight(
         d = norms  # then |W0| is Wanda's score
     A = H / d / d[:, None]  # (in, in): H for the scaled features
     W0 = weight.float() * d  # (out, in)
-    R = config.rho * inverse(A.diagonal_scatter(A.diagonal() + config.rho))  # rho (A + rho I)^-1
+    R = rho * inverse(A.diagonal_scatter(A.diagonal() + rho))  # rho (A + rho I)^-1
 
     # ADMM has two copies of W0: V reconstructs the outputs, and Z has the zeros. U, the scaled dual
-    # variable, is the sum of V - Z over the steps so far. It pushes V towards Z. V minimises
-    #     tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2.
+    # variable, is the sum of V - Z over the steps so far. Each step changes one after the other:
+    #
+    # V is the minimum of tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2.
+    # Z is the matrix with the required zeros that is nearest to V + U.
+    # U becomes U + V - Z. That is 0 where an entry is kept, and V + U where it is pruned. So a
+    #     pruned entry of V is pushed towards 0, and harder in each step, as long as it is not 0.
+    #     Without U, V would stop half-way between its optimum and Z.
     Z = W0  # Therefore V is W0 in step 1, and the first mask is selected from the dense weight.
     U = torch.zeros_like(W0)
     kept = mask
-    selecting_steps = config.growing_steps + config.moving_steps
-    for step in range(1, selecting_steps + config.frozen_steps + 1):
+    for step in range(1, selecting_steps + frozen_steps + 1):
         # The paper has V = (W0 A + rho (Z - U)) (A + rho I)^-1. This is the same, since
         # W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
         if mask is None and step <= selecting_steps:
-            growth = min(step / max(config.growing_steps, 1), 1.0)
+            growth = min(step / max(growing_steps, 1), 1.0)
             share = 1 - (1 - growth) ** 3  # paper, section 4
             # To select entries in another way, replace this call. It gets a scaled weight, whose
             # magnitudes say what the entries are worth, and returns True where an entry is kept.
@@ -147,7 +153,10 @@ def clamped_norms(squares: Tensor, floor: float) -> Tensor:
 
 def inverse(A: Tensor) -> Tensor:
     """Return the inverse of a positive definite matrix."""
-    return torch.cholesky_inverse(torch.linalg.cholesky(A))
+    # torch.cholesky_inverse took up to ten times as long on a CPU that other processes used, too.
+    return torch.cholesky_solve(
+        torch.eye(len(A), dtype=A.dtype, device=A.device), torch.linalg.cholesky(A)
+    )
 
 
 def select_mask(
@@ -159,8 +168,8 @@ def select_mask(
     each row. With a pattern (N, M), which overrides `sparsity`, it is False at all entries but the
     N largest of each group of M.
 
-    A `share` below 1 is for a gradual mask. Then only this share of these entries is False: the
-    smallest of them in the whole matrix.
+    A `share` below 1 is for a gradual mask: `share` times as many entries are False. They are the
+    smallest ones, in the whole matrix, of those that may be False.
 
     Raises: ValueError if sparsity or pattern is invalid.
     """
@@ -196,35 +205,34 @@ def sparsegpt(
     Columns are pruned from left to right, and the columns further right adapt to each error. As in
     the released code, 1 % of the mean diagonal is added to the diagonal of the Gram matrix, the
     mask is selected for 128 columns at a time, or for one group of a pattern, and features that
-    were never active lose all their weights, even beyond the sparsity asked for.
+    were never active lose all their weights, even beyond the sparsity asked for. These features
+    count as 0 in the mean; the released code counts them as 1, on a scale of its own.
     """
     select_mask(weight, sparsity, pattern)  # an invalid amount is refused before the work starts
     W = weight.float().clone()  # (out, in)
-    H = gram.float().clone()  # (in, in)
-    diagonal = H.diagonal()  # a view
-    never_active = diagonal == 0
-    W[:, never_active] = 0
-    diagonal[never_active] = 1
-    diagonal += 0.01 * diagonal.mean()
-    # Column j needs the inverse of H[j:, j:], since the columns before it are fixed. One Cholesky
-    # factor has them all. From H^-1 = chol^T chol follows H = chol^-1 chol^-T. These factors are
-    # triangular, so that H[j:, j:] is the product of their own blocks [j:, j:], and its inverse is
-    # chol[j:, j:]^T chol[j:, j:]. The first row of this inverse is chol_jj chol[j, j:], and the
-    # first entry of that is chol_jj^2. So removing an entry w of column j costs (w / chol_jj)^2 and
-    # changes the columns from j on by -(w / chol_jj) chol[j, j:] (equation 3 of the paper).
-    chol = torch.linalg.cholesky(inverse(H), upper=True)
+    gram = gram.float()
+    W[:, gram.diagonal() == 0] = 0
+    damping = 0.01 * gram.diagonal().mean() + 1e-12  # 1e-12: all features may be inactive
+    H = gram.diagonal_scatter(gram.diagonal() + damping)  # (in, in)
+    # Column j needs the inverse of H[j:, j:], since the columns before it are fixed. One upper
+    # triangular factor C has all of these inverses:
+    #     H^-1 = C^T C    and therefore    (H[j:, j:])^-1 = C[j:, j:]^T C[j:, j:],
+    # of which the first row is C_jj C[j, j:], and the first entry C_jj^2. So removing an entry w of
+    # column j costs (w / C_jj)^2 and changes the columns from j on by -(w / C_jj) C[j, j:]
+    # (equation 3 of the paper).
+    C = torch.linalg.cholesky(inverse(H), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, len(H), width):
         end = start + width
         columns = W[:, start:end]  # a view
-        corner = chol[start:end, start:end]
+        corner = C[start:end, start:end]
         mask = select_mask(columns / corner.diagonal(), sparsity, pattern)
-        errors = torch.zeros_like(columns)  # w / chol_jj
+        errors = torch.zeros_like(columns)  # w / C_jj
         for j in range(columns.shape[1]):
             errors[:, j] = columns[:, j] * ~mask[:, j] / corner[j, j]
             columns[:, j:] -= errors[:, j, None] * corner[j, j:]
         columns *= mask  # rounding may have left tiny values
-        W[:, end:] -= errors @ chol[start:end, end:]  # one product for all errors is faster
+        W[:, end:] -= errors @ C[start:end, end:]  # one product for all errors is faster
     return W.to(weight.dtype)
 
 
@@ -249,7 +257,7 @@ def magnitude(
 # Each method takes (weight, gram, sparsity, pattern), as described in `prune_weight`.
 METHODS = {
     "admm-grad": prune_weight,
-    "admm-obs": partial(prune_weight, config=OBS),
+    "admm-obs": partial(prune_weight, **OBS),
     "sparsegpt": sparsegpt,
     "wanda": wanda,
     "magnitude": magnitude,
@@ -268,19 +276,26 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 
 
 @dataclass
-class CalibratedLinear:
+class Layer:
     """A linear layer, or an expert of a mixture, with sums over its calibration tokens."""
 
-    block: int
-    name: str  # within the block
-    weight: Tensor  # view of the weight in the model, (out_features, in_features)
+    weight: Tensor | None = None  # view of that in the model, (out_features, in_features)
     num_tokens: int = 0
     gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
+    # For error propagation only:
+    EtX: Tensor | float = 0.0  # E^T X, (out_features, in_features) float32; 0.0: none
+    row_weights: Tensor | float = 1.0  # r, (out_features, 1); 1.0: none
 
-    def add(self, X: Tensor) -> None:
-        """Add the inputs X, (tokens, in_features) float32, of a call of the layer."""
-        self.num_tokens += len(X)
-        self.gram += sum_over_tokens(X, X, self.weight.dtype)
+    def add(self, product: "Product", E: Tensor | None = None) -> None:
+        """Add the inputs X of a product X W^T, and for error propagation an error E of it.
+
+        E, (tokens, out_features) float32, is what the product lacks.
+        """
+        self.weight = product.weight
+        self.num_tokens += len(product.X)
+        self.gram += sum_over_tokens(product.X, product.X, product.weight.dtype)
+        if E is not None:
+            self.EtX += sum_over_tokens(E, product.X, product.weight.dtype)
 
 
 def sum_over_tokens(A: Tensor, X: Tensor, model_dtype: torch.dtype) -> Tensor:
@@ -311,9 +326,12 @@ def leave_routers_dense(block: int, name: str) -> dict | None:
     return {} if routers.isdisjoint(name.split(".")) else None
 
 
-# The inference mode of a caller would rule out the gradients that `probe_block` turns on.
+# In a caller's inference mode, `probe_block` would get no gradients; in its autocast, all would be
+# computed in 16 bits.
 @torch.inference_mode(False)
 @torch.no_grad()
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
 def prune_model(
     model: PreTrainedModel, tokens: Tensor, prune: Callable[..., Tensor],
     error_propagation: bool = False, device: torch.device | str | None = None,
@@ -356,18 +374,18 @@ def prune_model(
         model.config.is_encoder_decoder
         or getattr(model.config, "quantization_config", None) is not None
         or any("lora_" in name for name in model.state_dict())
+        or len(set(getattr(model, "hf_device_map", {}).values())) > 1
     ):
         raise ValueError(
-            "the model has an encoder, quantised weights or LoRA adapters: prune a decoder-only "
-            "model with its full weights"
+            "the model has an encoder, quantised weights or LoRA adapters, or lies on several "
+            "devices: prune a decoder-only model with its full weights, loaded without device_map"
         )
     eval_ppl.check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = eval_ppl.select_device(device)
     model.cpu().eval()
-    model.set_experts_implementation("eager")  # fused kernels would hide the products
+    model.set_experts_implementation("eager")  # `ProductRecorder` does not see fused kernels
     # A `BlockCall` is a block with its other arguments, such as masks. call(before) returns the
-    # hidden states after the block, and call.record(before) also the products X W^T in it, by the
-    # name of the layer.
+    # hidden states after the block, and the products X W^T in it, by the name of the layer.
     calls = checked_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = embed(model, tokens, device)
@@ -382,7 +400,7 @@ def prune_model(
         else:
             block_results = prune_block(call, states, prune, options)
         results += block_results
-        states = [to_host(call(before)) for before in states]  # through the pruned block
+        states = [to_host(call(before)[0]) for before in states]  # through the pruned block
         call.block.cpu()
     if not results:
         raise ValueError(f"no layer of {type(model).__name__} was pruned")
@@ -397,61 +415,63 @@ def prune_block(
     `states` are the hidden states of each sequence before the block; for the rest, see
     `prune_model`.
     """
-    linears = {}
+    layers = defaultdict(Layer)  # by name
     for before in states:
-        _, products = call.record(before)
+        _, products = call(before)
         for name, product in products.items():
-            new = CalibratedLinear(call.index, name, product.weight)
-            linears.setdefault(name, new).add(product.X)
-    del products  # frees the copies of the last sequence
+            layers[name].add(product)
+        products.clear()  # frees the copies of X, but for the last, before the next sequence
+    return prune_layers(call.index, layers, prune, options)
+
+
+def prune_layers(
+    block: int, layers: dict[str, Layer], prune: Callable, options: Callable
+) -> list[dict]:
+    """Prune layers of one block, in place, and return what became of each.
+
+    `layers` has them by name, and is empty afterwards. For the rest, see `prune_model`.
+    """
     results = []
-    for name in list(linears):
-        # pop, so that the sums of a layer are freed before the next one is pruned
-        results += prune_linear(linears.pop(name), prune, options)
+    for name in list(layers):
+        layer = layers.pop(name)  # so that its sums are freed before the next layer is pruned
+        arguments = options(block, name)
+        if arguments is not None:
+            with eval_ppl.note(f"block {block}: {name}"):
+                result = prune_layer(layer, partial(prune, **arguments))
+            results.append({"block": block, "name": name} | result)
     return results
 
 
-def prune_linear(
-    linear: CalibratedLinear, prune: Callable, options: Callable, correct: Callable | None = None
-) -> list[dict]:
-    """Prune the weight of a layer, in place.
+def prune_layer(layer: Layer, prune: Callable) -> dict:
+    """Prune the weight of a layer, in place, with the method prune(weight, gram).
 
-    `prune` and `options` are those of `prune_model`. correct(weight, gram) is for error
-    propagation. It returns the weight to approximate, by default that of the model.
-
-    Return a list of one dict, as described in `prune_model`, or an empty list if the layer is to
-    stay as it is, so that the caller can use +=.
+    Return its "shape", "sparsity", "error" and "num_tokens", as described in `prune_model`.
     """
-    arguments = options(linear.block, linear.name)
-    if arguments is None:
-        return []
-    with eval_ppl.note(f"block {linear.block}: {linear.name}"):
-        if not linear.gram.isfinite().all():
-            raise ValueError("the inputs are NaN or infinite")
-        target = linear.weight.float()
-        if correct is not None:
-            target = correct(target, linear.gram)
-        # The method gets a copy, contiguous also where the model has the weight transposed.
-        copied = target.clone(memory_format=torch.contiguous_format)
-        pruned = prune(copied, linear.gram, **arguments)
-        if pruned.shape != target.shape or not pruned.is_floating_point():
-            raise ValueError(
-                f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
-                f"but the weight is {tuple(target.shape)} {target.dtype}"
-            )
-        pruned = pruned.to(linear.weight.dtype)
-        if not pruned.isfinite().all():
-            raise ValueError(f"the pruned weights are NaN or overflow {pruned.dtype}")
+    if not layer.gram.isfinite().all():
+        raise ValueError("the inputs are NaN or infinite")
+    target = layer.weight.float()
+    if isinstance(layer.EtX, Tensor):  # error propagation
+        target = correct_weight(target, layer.gram, layer.EtX)
+    # The method gets a copy, contiguous also where the model has the weight transposed. It has
+    # weighed rows in error propagation.
+    weighed = (target * layer.row_weights).contiguous()
+    pruned = prune(weighed, layer.gram)
+    if pruned.shape != target.shape or not pruned.is_floating_point():
+        raise ValueError(
+            f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
+            f"but the weight is {tuple(target.shape)} {target.dtype}"
+        )
+    pruned = (pruned / layer.row_weights).to(layer.weight.dtype)
+    if not pruned.isfinite().all():
+        raise ValueError(f"the pruned weights are NaN or overflow {pruned.dtype}")
     result = {
-        "block": linear.block,
-        "name": linear.name,
         "shape": tuple(pruned.shape),
         "sparsity": int((pruned == 0).sum()) / pruned.numel(),
-        "error": measure_error(target, pruned, linear.gram),
-        "num_tokens": linear.num_tokens,
+        "error": measure_error(target, pruned, layer.gram),
+        "num_tokens": layer.num_tokens,
     }
-    linear.weight.copy_(pruned)  # last, since `target` may be the same tensor
-    return [result]
+    layer.weight.copy_(pruned)  # last, since `target` may be the same tensor
+    return result
 
 
 # ---------------------------------------------------------------------------- error propagation
@@ -479,54 +499,36 @@ def prune_block_with_error_propagation(
     # 2. The hidden states of both models go through the dense block. They differ only by what
     #    earlier blocks have lost. E, dense output minus output, is what a layer lacks on that
     #    account. For an expert there is no E, since it gets other tokens in the dense model.
-    linears = {}
-    EtX = defaultdict(float)  # name -> E^T X, (out_features, in_features) float32
+    layers = defaultdict(Layer)
     dense_after = []
     for before, dense_before in zip(states, dense_states, strict=True):
-        after, dense_products = call.record(dense_before)
+        after, dense_products = call(dense_before)
         dense_after.append(to_host(after))
-        _, products = call.record(before)
+        _, products = call(before)
         products.pop(closing_name, None)  # step 4 records it anew
         for name, product in products.items():
-            new = CalibratedLinear(call.index, name, product.weight)
-            linears.setdefault(name, new).add(product.X)
-            if not product.is_expert:
-                E = dense_products[name].Y - product.Y
-                EtX[name] += sum_over_tokens(E, product.X, product.weight.dtype)
-    del products, dense_products  # frees the copies of the last sequence
+            E = None if product.is_expert else dense_products[name].Y - product.Y
+            layers[name].add(product, E)
+        products.clear()  # frees the copies of X and Y, but for the last
+        dense_products.clear()
 
-    # 3. Each layer but the closing layer is corrected and pruned.
-    results = []
-    for name in list(linears):
-        correct = partial(correct_weight, EtX=EtX.pop(name)) if name in EtX else None
-        weighed = partial(prune_weighed, prune=prune, row_weights=row_weights.get(name, 1.0))
-        results += prune_linear(linears.pop(name), weighed, options, correct)
+    # 3. Each layer but the closing layer is corrected, weighed and pruned.
+    for name, layer in layers.items():
+        layer.row_weights = row_weights.get(name, 1.0)
+    results = prune_layers(call.index, layers, prune, options)
 
     # 4. The hidden states go through the block, in which the closing layer is still dense. For this
     #    layer, E is all that the hidden states lack after the block. It has no row weights, since
     #    all its outputs move the hidden states alike.
     if closing_name is not None:
+        closing_layer = Layer()
         for before, wanted in zip(states, dense_after, strict=True):
-            after, products = call.record(before)
-            product = products[closing_name]
-            new = CalibratedLinear(call.index, closing_name, product.weight)
-            linears.setdefault(closing_name, new).add(product.X)
+            after, products = call(before)
             E = wanted.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
-            EtX[closing_name] += sum_over_tokens(E[0], product.X, product.weight.dtype)
-        del products  # frees the copies of the last sequence
-        correct = partial(correct_weight, EtX=EtX[closing_name])
-        results += prune_linear(linears[closing_name], prune, options, correct)
+            closing_layer.add(products[closing_name], E[0])
+            products.clear()  # frees the copies of X and Y
+        results += prune_layers(call.index, {closing_name: closing_layer}, prune, options)
     return results, dense_after
-
-
-def prune_weighed(
-    weight: Tensor, gram: Tensor, *, prune: Callable, row_weights: Tensor | float, **arguments
-) -> Tensor:
-    """Return a weight pruned by `prune` with its rows weighed: prune(r W) / r.
-
-    The weight is changed in place, as a method may do.
-    """
-    return prune(weight.mul_(row_weights), gram, **arguments) / row_weights
 
 
 def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
@@ -554,17 +556,13 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
     return weight + 0.5 * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(gram + D)).T
 
 
-# Calibration sequences that `probe_block` uses. In a run with 128, 8 of them take 3 % of the time.
-PROBE_SEQUENCES = 8
-
-
 def probe_block(
     call: "BlockCall", dense_states: list[Tensor]
 ) -> tuple[dict[str, Tensor], str | None]:
     """Return the row weights of the layers of a dense block, and the name of its closing layer.
 
     Experts are left out, since they get only some of the tokens. `dense_states` are the hidden
-    states of the dense model before the block; the first `PROBE_SEQUENCES` of them are used.
+    states of the dense model before the block. The first 8 sequences are enough, and are used.
 
     The probe is a backward pass through the block. It starts from random signs, 1 or -1, one at
     each entry of the hidden states after the block. Let g be the gradient at one entry y of the
@@ -590,26 +588,28 @@ def probe_block(
     closing_name = None
     # A seeded generator on the host gives the same signs for each block, and the same on a GPU.
     generator = torch.Generator().manual_seed(0)
-    for dense_state in dense_states[:PROBE_SEQUENCES]:
+    for dense_state in dense_states[:8]:
         before = dense_state.detach().requires_grad_()
         with torch.enable_grad():
-            after, products = call.record(before)
+            after, products = call(before)
         edges = {
             name: product.edge
             for name, product in products.items()
             if product.edge is not None and not product.is_expert
         }
+        products.clear()  # frees the copies of X and Y before the backward pass
         # 1 and -1 are exact in each dtype, so the gradient of a closing layer is exact, too.
-        signs = (2 * torch.randint(2, after.shape, generator=generator) - 1).to(after)
+        signs = 2 * torch.randint(2, after.shape, generator=generator, device="cpu") - 1
         # `before` is added for blocks without edges, since autograd refuses an empty list. It comes
         # last, and zip drops its gradient.
-        inputs = [*edges.values(), before]
-        gradients = torch.autograd.grad(after, inputs, signs, allow_unused=True)
+        gradients = torch.autograd.grad(
+            after, [*edges.values(), before], signs.to(after), allow_unused=True
+        )
         for name, gradient in zip(edges, gradients, strict=False):
             if gradient is not None:
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[name] += g.square().sum(0)
-                if torch.equal(g, signs[0].float()):
+                if torch.equal(g, signs[0].to(g)):
                     closing_name = name  # the last one stays
     row_weights = {name: (s + s.mean()).sqrt()[:, None] for name, s in sums.items() if s.any()}
     return row_weights, closing_name
@@ -626,7 +626,8 @@ class Product:
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32
     Y: Tensor  # the product, plus a bias if there is one, (tokens, out_features) float32
-    edge: GradientEdge | None  # where autograd has the gradient at Y; None: it has no gradient
+    # Where autograd has the gradient at the product, whatever the block changes in place later.
+    edge: GradientEdge | None  # None: there is no gradient
 
 
 class ProductRecorder(TorchFunctionMode):
@@ -647,16 +648,20 @@ class ProductRecorder(TorchFunctionMode):
         # an expert.
         self.weights: dict[tuple[int, int], tuple[str, bool]] = {}
         # The experts of a mixture are modules below a list, or slices of a stack.
-        modules = list(block.named_modules())
-        lists = tuple(f"{name}." for name, module in modules if isinstance(module, nn.ModuleList))
-        for name, module in modules:
+        lists = tuple(
+            f"{name}."
+            for name, module in block.named_modules()
+            if isinstance(module, nn.ModuleList)
+        )
+        for name, module in block.named_modules():
             # Conv1D is the linear layer of GPT-2. A weight that a module computes anew in each
             # forward is no parameter, and is left out.
             if isinstance(module, (nn.Linear, Conv1D)) and isinstance(module.weight, nn.Parameter):
                 key = (module.weight.data_ptr(), module.weight.numel())
                 self.weights[key] = (name, name.startswith(lists))
         for name, parameter in block.named_parameters():
-            # The weight of a depthwise convolution is (channels, 1, width).
+            # A parameter of three dimensions is a stack of experts, unless one of them is 1, as in
+            # the depthwise convolution of Mamba, (channels, 1, width).
             if parameter.ndim == 3 and min(parameter.shape) > 1:
                 for index, expert in enumerate(parameter):
                     self.weights[expert.data_ptr(), expert.numel()] = (f"{name}.{index}", True)
@@ -666,18 +671,27 @@ class ProductRecorder(TorchFunctionMode):
         # torch.matmul(x, w), x.matmul(w) and x @ w all have the name matmul here. The factors are
         # taken to be positional arguments. A factor with one dimension is no weight.
         if function.__name__ == "linear":
-            self.add_product(args[0], args[1], output)
+            self.add(args[0], args[1], output)
         elif function.__name__ in ("addmm", "mm", "bmm", "matmul") and args[-1].ndim > 1:
-            x, right = args[-2:]  # the first argument of addmm is the bias
-            add = self.add_stack if right.ndim == 3 else self.add_product
-            add(x, right.mT, output)  # `right` is W^T, so that right.mT is W
+            # The last two arguments are X and W^T; before them, addmm has the bias.
+            self.add(args[-2], args[-1].mT, output)
         return output
 
-    def add_product(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
-        """Add the product x @ weight.mT = output, if the weight is one of the block."""
-        name, is_expert = self.weights.get((weight.data_ptr(), weight.numel()), (None, False))
-        if name is None or weight.ndim != 2 or x.numel() == 0:
+    def add(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
+        """Add the product x @ weight.mT = output, if the weight is one of the block.
+
+        Llama 4 computes all experts of a stack at once. Then all three have a first dimension for
+        the experts, and x has a row of zeros where a token goes elsewhere.
+        """
+        key = (weight.data_ptr(), weight.shape[-2:].numel())  # of a stack: that of its expert 0
+        if key not in self.weights or weight.ndim > 3 or x.numel() == 0:
             return  # no weight of the block, or an expert without tokens
+        if weight.ndim == 3:
+            for x_of_expert, matrix, y in zip(x, weight, output, strict=True):
+                is_routed = x_of_expert.any(-1)
+                self.add(x_of_expert[is_routed], matrix, y[is_routed])
+            return
+        name, is_expert = self.weights[key]
         if name in self.products:
             raise ValueError(f"a block cannot be pruned if it calls {name} more than once")
         self.products[name] = Product(
@@ -687,17 +701,6 @@ class ProductRecorder(TorchFunctionMode):
             Y=output.detach().reshape(-1, output.shape[-1]).to(torch.float32, copy=True),
             edge=get_gradient_edge(output) if output.requires_grad else None,
         )
-
-    def add_stack(self, x: Tensor, stack: Tensor, output: Tensor) -> None:
-        """Add the products of all experts of a stack, which are computed at once, as in Llama 4.
-
-        x is (experts, tokens, in_features), with a row of zeros where a token goes elsewhere.
-        """
-        # A stack begins where its expert 0 begins.
-        if (stack.data_ptr(), stack.shape[1:].numel()) in self.weights:
-            for x_of_expert, weight, y in zip(x, stack, output, strict=True):
-                is_routed = x_of_expert.any(-1)
-                self.add_product(x_of_expert[is_routed], weight, y[is_routed])
 
 
 # ---------------------------------------------------------------------------- calls of the blocks
@@ -712,23 +715,17 @@ class BlockCall:
     args: tuple  # positional arguments after the hidden states
     kwargs: dict
 
-    def __call__(self, before: Tensor) -> Tensor:
+    def __call__(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
         """Return the hidden states of one sequence after the block, given those before it.
 
-        Both are (1, seqlen, hidden_size).
+        Both are (1, seqlen, hidden_size). Also return the products X W^T in the block, by the name
+        of the layer.
         """
         # A copy, since a block may change its input in place.
         before = before.to(next(self.block.parameters()).device, copy=True)
-        return states_of(self.block(before, *self.args, **self.kwargs))
-
-    def record(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
-        """Return what a call returns, and the products with the weights of the block, by name.
-
-        A product X W^T is the call of a linear layer, or of an expert of a mixture.
-        """
         with ProductRecorder(self.block) as recorder:
-            after = self(before)
-        return after, recorder.products
+            output = self.block(before, *self.args, **self.kwargs)
+        return states_of(output), recorder.products
 
 
 def states_of(output: Tensor | tuple) -> Tensor:
@@ -738,37 +735,9 @@ def states_of(output: Tensor | tuple) -> Tensor:
 
 def to_host(states: Tensor) -> Tensor:
     """Return a copy on the host, in pinned memory if it comes from a GPU, for faster copies."""
-    return torch.empty(states.shape, dtype=states.dtype, pin_memory=states.is_cuda).copy_(states)
-
-
-def record_calls(
-    model: PreTrainedModel, ids: Tensor, device: torch.device
-) -> tuple[list[BlockCall], list[Tensor]]:
-    """Run a model on one sequence, (1, seqlen), and return the calls of its blocks.
-
-    Blocks are taken to get their hidden states as the first positional argument. Also return the
-    hidden states before each block and, as the last entry, those after the last block, on the host.
-    """
-    blocks = list(eval_ppl.find_blocks(model))
-    calls = []
-    states = []
-
-    def keep(block, args, kwargs):
-        calls.append(BlockCall(len(calls), block, args[1:], kwargs))
-        states.append(to_host(args[0]))
-
-    with eval_ppl.offload_blocks(model, device), ExitStack() as hooks:
-        for block in blocks:
-            hooks.enter_context(block.register_forward_pre_hook(keep, with_kwargs=True))
-        hooks.enter_context(
-            blocks[-1].register_forward_hook(
-                lambda block, args, output: states.append(to_host(states_of(output)))
-            )
-        )
-        model(ids.to(device), use_cache=False)
-    if [call.block for call in calls] != blocks:
-        raise ValueError(f"the model does not call its {len(blocks)} blocks one after the other")
-    return calls, states
+    return torch.empty(
+        states.shape, dtype=states.dtype, device="cpu", pin_memory=states.is_cuda
+    ).copy_(states)
 
 
 class StopForward(Exception):
@@ -797,30 +766,49 @@ def embed(model: PreTrainedModel, tokens: Tensor, device: torch.device) -> list[
 def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) -> list[BlockCall]:
     """Return the calls of all blocks, with the arguments that they get for the first sequence.
 
-    Raise a ValueError unless each block, called by itself with the model's own hidden states before
-    it, gives the model's own hidden states after it. A second sequence is tested with the arguments
-    of the first, too, since all sequences are assumed to get the same ones.
+    Blocks are taken to get their hidden states as the first positional argument. Raise a ValueError
+    unless each block, called by itself with the model's own hidden states before it, gives the
+    model's own hidden states after it. A second sequence is tested with the arguments of the first,
+    too, since all sequences are assumed to get the same ones.
     """
-    calls, states = record_calls(model, tokens[:1], device)
+    blocks = list(eval_ppl.find_blocks(model))
     # The last sequence is reversed, so that it differs from the first even if it is the only one.
-    _, second_states = record_calls(model, tokens[-1:].flip(1), device)
+    two_sequences = torch.cat([tokens[:1], tokens[-1:].flip(1)])
+    calls = []
+    own_states = []  # after each of the calls
+
+    def keep(block, args, kwargs, output):
+        calls.append(BlockCall(len(calls), block, args[1:], kwargs))
+        own_states.append(to_host(states_of(output)))
+
+    with eval_ppl.offload_blocks(model, device), ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(keep, with_kwargs=True))
+        for ids in two_sequences.split(1):
+            model(ids.to(device), use_cache=False)
+    if [call.block for call in calls] != blocks + blocks:
+        raise ValueError(f"the model does not call its {len(blocks)} blocks one after the other")
+    both_before = embed(model, two_sequences, device)
+    # A wrong argument changes the states by far more than another order of sums, about 1e-6 in
+    # float32 and 1e-3 in 16 bits.
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    for call in tqdm(calls, "checking blocks"):
+    for call in tqdm(calls[: len(blocks)], "checking blocks"):
         call.block.to(device)
         # Both sequences go through a block before the next block, as they do in pruning. If blocks
-        # share a cache of keys and values, it mixes the sequences, and the check fails. `record`
-        # also refuses a block that calls a layer twice.
-        replayed = [call.record(one[call.index])[0].cpu() for one in (states, second_states)]
+        # share a cache of keys and values, it mixes the sequences, and the check fails. A
+        # block that calls a layer twice is refused, too.
+        replayed = [call(before)[0].cpu() for before in both_before]
         call.block.cpu()
-        for after, one in zip(replayed, (states, second_states), strict=True):
-            difference = relative_difference(after, one[call.index + 1])
+        both_before = own_states[call.index :: len(blocks)]  # before the next block
+        for after, own in zip(replayed, both_before, strict=True):
+            difference = relative_difference(after, own)
             if not difference <= tolerance:  # also true for NaN
                 raise ValueError(
                     "the model cannot be pruned block by block: the hidden states after block "
                     f"{call.index} differ by {difference:.2g} if it is called alone (nan: its "
                     "weights or states are not finite)"
                 )
-    return calls
+    return calls[: len(blocks)]
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
@@ -853,9 +841,12 @@ def calibration_tokens(
     """
     if source == "c4":
         with eval_ppl.note("while reading c4; --calibration FILE takes a text file instead"):
-            file = "en/c4-train.00000-of-01024.json.gz"  # 0.3 GB
-            rows = datasets.load_dataset("allenai/c4", data_files={"train": file}, split="train")
-        draw = random.Random(seed).randint  # the order of the draws is that of the peers
+            rows = datasets.load_dataset(
+                "allenai/c4",
+                data_files={"train": "en/c4-train.00000-of-01024.json.gz"},  # 0.3 GB
+                split="train",
+            )
+        draw = random.Random(seed).randint  # in the order of SparseGPT and Wanda
         sequences = []
         for _ in range(1000 * nsamples):  # then give up
             ids = eval_ppl.tokenize(tokenizer, rows[draw(0, len(rows) - 1)]["text"])
@@ -867,7 +858,9 @@ def calibration_tokens(
     else:
         ids = eval_ppl.tokenize(tokenizer, eval_ppl.read_text(source, "train"))
         generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(max(len(ids) - seqlen, 0) + 1, (nsamples,), generator=generator)
+        starts = torch.randint(
+            max(len(ids) - seqlen, 0) + 1, (nsamples,), generator=generator, device="cpu"
+        )
         sequences = [ids[start : start + seqlen] for start in starts]
     if len(sequences) < nsamples or len(sequences[0]) < seqlen:
         raise ValueError(f"{source} lacks text for {nsamples} sequences of {seqlen} tokens")
@@ -885,12 +878,10 @@ def prune_and_save(args: argparse.Namespace) -> None:
     start = time.time()
     method = f"{args.method}-error-propagation" if args.error_propagation else args.method
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
-    folder = args.save
-    if folder is None:
-        name = Path(args.model).resolve().name.removesuffix(".gguf")
-        folder = Path(f"{name}-{method}-{amount}")
-    if folder.exists() or folder.is_symlink() or not folder.parent.is_dir():
-        raise ValueError(f"{folder} exists, or its parent folder does not; choose another --save")
+    name = Path(args.model).resolve().name.removesuffix(".gguf")
+    folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
+    if folder.exists() or folder.is_symlink() or not os.access(folder.parent, os.W_OK):
+        raise ValueError(f"{folder} exists, or cannot be made in its parent; choose another --save")
     device = eval_ppl.select_device(args.device)
     tokenizer, bos = eval_ppl.load_tokenizer(args.model, args.seqlen, args.bos)
     print(
@@ -899,36 +890,49 @@ def prune_and_save(args: argparse.Namespace) -> None:
         f"(BOS in each: {bos is not None})",
         flush=True,
     )
-    # The output is renamed once it is complete. A run that fails leaves nothing behind.
-    with tempfile.TemporaryDirectory(
-        prefix=folder.name, suffix=".partial", dir=folder.parent
-    ) as temporary:
-        tokens = calibration_tokens(
-            args.calibration, tokenizer, args.nsamples, args.seqlen, args.seed, bos
+    tokens = calibration_tokens(
+        args.calibration, tokenizer, args.nsamples, args.seqlen, args.seed, bos
+    )
+    model = eval_ppl.load_model(args.model, args.dtype)
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise ValueError(
+            f"{folder} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB"
         )
-        model = eval_ppl.load_model(args.model, args.dtype)
-        needed = sum(parameter.nbytes for parameter in model.parameters())
-        free = shutil.disk_usage(temporary).free
-        if needed > free:
-            raise ValueError(
-                f"{folder} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB"
-            )
-        stored_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        if args.dtype == "auto" and device.type == "cpu":
-            model.float()  # a CPU is slow in 16 bits
-        # The arguments as they were used.
-        report = {"arguments": vars(args) | {"device": device, "dtype": model.dtype, "bos": bos}}
-        prune = partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern)
-        report["linears"] = prune_model(model, tokens, prune, args.error_propagation, device)
-        for name, tensor in model.state_dict(keep_vars=True).items():  # parameters and buffers
-            tensor.data = tensor.data.to(stored_dtypes[name])
-        output = Path(temporary) / folder.name
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
-        (output / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
-        output.rename(folder)
+    stored_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    if args.dtype == "auto" and device.type == "cpu":
+        model.float()  # a CPU is slow in 16 bits
+    prune = partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern)
+    linears = prune_model(model, tokens, prune, args.error_propagation, device)
+    on_gpu = device.type == "cuda"
+    used = {  # in place of the arguments of the same name
+        "sparsity": None if args.pattern else args.sparsity,
+        "bos": bos,
+        "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
+        "dtype": model.dtype,
+    }
+    report = {
+        "arguments": vars(args) | used,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "linears": linears,
+    }
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else 0.0
+    # A checkpoint may mix dtypes. Parameters and buffers get back their own.
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(stored_dtypes[name])
+    # The output is renamed once it is complete. A run that fails leaves nothing behind.
+    unfinished = folder.with_name(f"{folder.name}-{os.getpid()}.partial")
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        (unfinished / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    with eval_ppl.note(f"the pruned model is in {unfinished}"):
+        unfinished.rename(folder)
     minutes = (time.time() - start) / 60
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     print(f"{describe_zeros(model)}; {minutes:.1f} minutes, {peak:.1f} GiB of CUDA memory")
     print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
 
@@ -965,22 +969,20 @@ def demo(args: argparse.Namespace) -> None:
     tokenizer, _ = eval_ppl.load_tokenizer("smollm2", seqlen)
     ids = eval_ppl.tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
     calibration, test = (half[: count * seqlen].view(count, seqlen) for half in ids.chunk(2))
-    loaded = eval_ppl.load_model("smollm2", args.dtype)
-    perplexities = {"dense": eval_ppl.perplexity(loaded, test, device)}
+    dense = eval_ppl.load_model("smollm2", args.dtype)
+    line = "{:28} perplexity {:7.2f}"
+    print(line.format("dense", eval_ppl.perplexity(dense, test, device)), flush=True)
     for method, error_propagation in (
         ("wanda", False),
         ("sparsegpt", False),
         ("admm-grad", False),
         ("admm-obs", True),
     ):
-        label = f"{method} --error-propagation" if error_propagation else method
-        print(f"--method {label}")
-        model = copy.deepcopy(loaded)
+        model = copy.deepcopy(dense)
         prune = partial(METHODS[method], sparsity=args.sparsity, pattern=args.pattern)
         prune_model(model, calibration, prune, error_propagation, device)
-        perplexities[label] = eval_ppl.perplexity(model, test, device)
-    for label, perplexity in perplexities.items():
-        print(f"{label:28} perplexity {perplexity:7.2f}")
+        label = f"{method} --error-propagation" if error_propagation else method
+        print(line.format(label, eval_ppl.perplexity(model, test, device)), flush=True)
 
 
 def n_of_m(text: str) -> tuple[int, int]:
@@ -995,23 +997,29 @@ def main() -> None:
     cli = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = cli.add_argument
     model = cli.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help=eval_ppl.MODEL_HELP)
     model.add_argument("--demo", action="store_true", help="compare four methods on smollm2")
     amount = cli.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros; default: 0.5")
     amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help="keep N of M entries")
-    add("--method", choices=METHODS, default="admm-grad", help="default: admm-grad, the paper's")
-    add("--error-propagation", action="store_true", help="correct for earlier errors, weigh rows")
-    add("--calibration", default="c4", help="c4 (the default), wikitext2 or a text file")
-    add("--nsamples", type=int, default=128, help="calibration sequences; default: 128")
-    add("--seqlen", type=int, default=2048, help="tokens in each of them; default: 2048")
-    add("--seed", type=int, default=0, help="selects the calibration text; default: 0")
-    add("--bos", action=argparse.BooleanOptionalAction, help=eval_ppl.BOS_HELP)
-    add("--device", help="where to compute; default: cuda if there is a GPU, else cpu")
-    add("--dtype", choices=eval_ppl.DTYPES, default="auto", help=eval_ppl.DTYPE_HELP)
-    add("--save", type=Path, help="output folder; default: named by model, method and amount")
+    cli.add_argument(
+        "--method", choices=METHODS, default="admm-grad", help="default: admm-grad, the paper's"
+    )
+    cli.add_argument(
+        "--error-propagation", action="store_true", help="correct for earlier errors, weigh rows"
+    )
+    cli.add_argument(
+        "--calibration", default="c4", help="c4 (the default), wikitext2 or a text file"
+    )
+    cli.add_argument(
+        "--nsamples", type=int, default=128, help="calibration sequences; default: 128"
+    )
+    cli.add_argument("--seed", type=int, default=0, help="selects the calibration text; default: 0")
+    cli.add_argument(
+        "--save", type=Path, help="output folder; default: named by model, method and amount"
+    )
+    eval_ppl.add_common_arguments(cli)
     args = cli.parse_args()
     if not 0 <= args.sparsity < 1 or args.nsamples < 1 or args.seqlen < 2:
         cli.error("needed: 0 <= --sparsity < 1, --nsamples at least 1, --seqlen at least 2")

