@@ -770,8 +770,9 @@ def test_architectures(kind):
 @pytest.mark.parametrize("error_propagation", [False, True])
 def test_a_block_may_change_tensors_in_place(error_propagation):
     def multiply_in_place(mlp, x):
-        product = F.silu(mlp.gate_proj(x))
-        product.mul_(mlp.up_proj(x))
+        gate = mlp.gate_proj(x)
+        product = mlp.up_proj(x)
+        product.mul_(F.silu(gate))
         x.data.zero_()
         return mlp.down_proj(product)
 
