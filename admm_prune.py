@@ -18,9 +18,11 @@ block.
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
-loop over the decoder blocks, with `prune_block` and `prune_layer`. Apart from `OBS` and a floor of
-the norms, that is what was published. Error propagation has a section of its own, and last comes
-the machinery that both need. What both programs need, such as devices and loading, is in eval_ppl.
+loop over the decoder blocks, with `prune_block` and `prune_layer`. That is what was published,
+apart from `OBS`, a floor of the norms, and what is marked as error propagation. The latter has a
+section of its own. Then come the machinery (how the inputs of layers are recorded, and blocks
+called one by one), the calibration text and the command line. What both programs need, such as
+devices and loading, is in eval_ppl.py.
 """
 
 import argparse
@@ -77,7 +79,7 @@ def prune_weight(
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and ADMM then only optimises the values of the kept entries.
         damping: share by which the diagonal of G grows, since G may be singular.
-        rho: penalty, relative to the scaled G, whose mean diagonal is 1 before damping.
+        rho: penalty. Features are scaled to the norm 1, so that one penalty suits all layers.
         growing_steps: steps in which the share of zeros grows to its final value.
         moving_steps: further steps in which the mask is still selected anew.
         frozen_steps: last steps, in which the mask stays the same.
@@ -93,13 +95,13 @@ def prune_weight(
     if selecting_steps + frozen_steps < 1 or (mask is None and selecting_steps < 1):
         raise ValueError("there must be a step, and without a mask, one that selects a mask")
     gram = gram.float()
-    # As in the authors' code, features that are never active make the damping smaller.
+    # The authors take a share of the mean norm, to which features that are never active add 0.
     damping = damping * float((gram.diagonal() > 0).float().mean())
     # The damping of a feature is a share of its own squared norm, and thus almost nothing for a
     # feature that is hardly ever active. N:M has to keep weights of such features, too, and these
     # weights could become huge. So no norm counts as less than 1 % of the mean. This floor is ours.
     norms = clamped_norms(gram.diagonal(), floor=0.01)  # (in,): ||x|| of each input feature
-    H = gram.diagonal_scatter((1 + damping) * norms**2)  # (in, in): G with damping
+    H = gram.diagonal_scatter((1 + damping) * norms**2)  # (in, in): G with floor and damping
     # Feature j is divided by d_j, chosen below, so that one rho suits all features, and column j of
     # W is multiplied by it, so that the outputs stay the same. The first mask prunes the smallest
     # magnitudes of W0 = W d, so that d decides the first ranking. Later rankings are of V + U.
@@ -107,12 +109,13 @@ def prune_weight(
         # Removing W_ij costs W_ij^2 / [H^-1]_jj if the other entries of its row adapt to it
         # (optimal brain surgeon). With this d, the cost is the square of the entry of W0.
         d = inverse(H).diagonal().rsqrt()
-        # A common factor of d changes no mask. With this one, the mean diagonal of A is
-        # 1 + damping, as it is with Wanda's d, and one rho suits all layers.
+        # A common factor of d only acts like another rho. With this one, the mean diagonal of A is
+        # 1 + damping, as it is with Wanda's d.
         d = d * (norms / d).square().mean().sqrt()
     else:
         d = norms  # then |W0| is Wanda's score
-    A = H / d / d[:, None]  # (in, in): H for the scaled features
+    # Dividing in place saves one matrix of the size of G.
+    A = H.div_(d).div_(d[:, None])  # (in, in): H for the scaled features
     W0 = weight.float() * d  # (out, in)
     R = rho * inverse(A.diagonal_scatter(A.diagonal() + rho))  # rho (A + rho I)^-1
 
@@ -153,7 +156,7 @@ def clamped_norms(squares: Tensor, floor: float) -> Tensor:
 
 def inverse(A: Tensor) -> Tensor:
     """Return the inverse of a positive definite matrix."""
-    # torch.cholesky_inverse took up to ten times as long on a CPU that other processes used, too.
+    # torch.cholesky_inverse can take several times as long on a CPU that is busy.
     return torch.cholesky_solve(
         torch.eye(len(A), dtype=A.dtype, device=A.device), torch.linalg.cholesky(A)
     )
@@ -206,7 +209,8 @@ def sparsegpt(
     the released code, 1 % of the mean diagonal is added to the diagonal of the Gram matrix, the
     mask is selected for 128 columns at a time, or for one group of a pattern, and features that
     were never active lose all their weights, even beyond the sparsity asked for. These features
-    count as 0 in the mean; the released code counts them as 1, on a scale of its own.
+    count as 0 in the mean. (In the released code they count as 1, and the Gram matrix is divided by
+    half the number of sequences.)
     """
     select_mask(weight, sparsity, pattern)  # an invalid amount is refused before the work starts
     W = weight.float().clone()  # (out, in)
@@ -279,7 +283,7 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 class Layer:
     """A linear layer, or an expert of a mixture, with sums over its calibration tokens."""
 
-    weight: Tensor | None = None  # W, view of the weight in the model, (out_features, in_features)
+    weight: Tensor = None  # set by `add`: view of W in the model, (out_features, in_features)
     num_tokens: int = 0
     gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
     # For error propagation only:
@@ -287,9 +291,9 @@ class Layer:
     row_weights: Tensor | float = 1.0  # r, (out_features, 1); 1.0: none
 
     def add(self, product: "Product", E: Tensor | None = None) -> None:
-        """Add the inputs X of a product X W^T, and for error propagation an error E of it.
+        """Add the inputs X of a product X W^T (`Product`) to the sums.
 
-        E, (tokens, out_features) float32, is what the product lacks.
+        E, (tokens, out_features) float32, is for error propagation: wanted minus actual output.
         """
         self.weight = product.weight
         self.num_tokens += len(product.X)
@@ -400,7 +404,8 @@ def prune_model(
         else:
             block_results = prune_block(call, states, prune, options)
         results += block_results
-        states = [to_host(call(before)[0]) for before in states]  # through the pruned block
+        # Through the pruned block; the products are not used.
+        states = [to_host(call(before)[0]) for before in states]
         call.block.cpu()
     if not results:
         raise ValueError(f"no layer of {type(model).__name__} was pruned")
@@ -420,7 +425,7 @@ def prune_block(
         _, products = call(before)
         for name, product in products.items():
             layers[name].add(product)
-        products.clear()  # frees the copies of X, but for the last, before the next sequence
+        products.clear()  # frees the copies of inputs and outputs before the next sequence
     return prune_layers(call.index, layers, prune, options)
 
 
@@ -453,7 +458,7 @@ def prune_layer(layer: Layer, prune: Callable) -> dict:
     if isinstance(layer.EtX, Tensor):  # only with error propagation
         target = correct_weight(target, layer.gram, layer.EtX)
     # The method gets a copy, contiguous also where the model has the weight transposed.
-    weighed = (target * layer.row_weights).contiguous()  # row_weights is 1.0 as published
+    weighed = (target * layer.row_weights).contiguous()  # 1.0 without error propagation
     pruned = prune(weighed, layer.gram)
     if pruned.shape != target.shape or not pruned.is_floating_point():
         raise ValueError(
@@ -484,8 +489,8 @@ def prune_block_with_error_propagation(
 
     Before a layer is pruned, its weight is corrected for what its outputs lack, compared with the
     dense model (`correct_weight`), and its rows are weighed by how far they move the hidden states
-    after the block (`probe_block`). The layer that closes the block is pruned last, and corrected
-    for all that the hidden states lack by then.
+    after the block (`probe_block`). The layer that closes the block, "mlp.down_proj" in a LLaMA, is
+    pruned last, and corrected for all that the hidden states lack by then.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
     model that is being pruned and in the dense model; for the rest, see `prune_model`.
@@ -508,7 +513,7 @@ def prune_block_with_error_propagation(
         for name, product in products.items():
             E = None if product.is_expert else dense_products[name].Y - product.Y
             layers[name].add(product, E)
-        products.clear()  # frees the copies of X and Y, but for the last
+        products.clear()  # frees the copies of X and Y
         dense_products.clear()
 
     # 3. Each layer but the closing layer is corrected, weighed and pruned.
@@ -564,7 +569,7 @@ def probe_block(
 
     The probe is a backward pass through the block. It starts from random signs, 1 or -1, one at
     each entry of the hidden states after the block. Let g be the gradient at one entry y of the
-    outputs of a layer: g = sum_k sign_k dh_k/dy, with a term for each entry h_k of any token. In
+    outputs of a layer: g = sum_k sign_k dh_k/dy, where k runs over all entries of all tokens. In
     g^2, products of different terms cancel on average over the signs, and what is left is
     sum_k (dh_k/dy)^2.
 
@@ -598,12 +603,11 @@ def probe_block(
         products.clear()  # frees the copies of X and Y before the backward pass
         # 1 and -1 are exact in each dtype, so the gradient of a closing layer is exact, too.
         signs = 2 * torch.randint(2, after.shape, generator=generator, device="cpu") - 1
-        # `before` is added for blocks without edges, since autograd refuses an empty list. It comes
-        # last, and zip drops its gradient.
-        gradients = torch.autograd.grad(
+        # `before` is added for blocks without edges, since autograd refuses an empty list.
+        *gradients, _ = torch.autograd.grad(
             after, [*edges.values(), before], signs.to(after), allow_unused=True
         )
-        for name, gradient in zip(edges, gradients, strict=False):
+        for name, gradient in zip(edges, gradients, strict=True):
             if gradient is not None:
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[name] += g.square().sum(0)
@@ -681,7 +685,8 @@ class ProductRecorder(TorchFunctionMode):
         Llama 4 computes all experts of a stack at once. Then all three have a first dimension for
         the experts, and x has a row of zeros where a token goes elsewhere.
         """
-        key = (weight.data_ptr(), weight.shape[-2:].numel())  # of a stack: that of its expert 0
+        # The number of entries of one matrix, so that a stack is found by its expert 0.
+        key = (weight.data_ptr(), weight.shape[-2:].numel())
         if key not in self.weights or weight.ndim > 3 or x.numel() == 0:
             return  # no weight of the block, or an expert without tokens
         if weight.ndim == 3:
@@ -795,8 +800,8 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
         # share a cache of keys and values, it mixes the sequences, and the check fails.
         replayed = [call(before)[0].cpu() for before in both_before]
         call.block.cpu()
-        both_before = own_states[call.index :: len(blocks)]  # before the next block
-        for after, own in zip(replayed, both_before, strict=True):
+        own_after = own_states[call.index :: len(blocks)]
+        for after, own in zip(replayed, own_after, strict=True):
             difference = relative_difference(after, own)
             if not difference <= tolerance:  # also true for NaN
                 raise ValueError(
@@ -804,6 +809,7 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
                     f"{call.index} differ by {difference:.2g} if it is called alone (nan: its "
                     "weights or states are not finite)"
                 )
+        both_before = own_after  # before the next block
     return calls[: len(blocks)]
 
 
@@ -902,7 +908,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
     prune = partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern)
     linears = prune_model(model, tokens, prune, args.error_propagation, device)
     on_gpu = device.type == "cuda"
-    used = {  # in place of the arguments of the same name
+    used = {  # in place of the arguments of the same names
         "sparsity": None if args.pattern else args.sparsity,
         "bos": bos,
         "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
@@ -928,8 +934,10 @@ def prune_and_save(args: argparse.Namespace) -> None:
         raise
     with eval_ppl.note(f"the pruned model is in {unfinished}"):
         unfinished.rename(folder)
-    minutes = (time.time() - start) / 60
-    print(f"{describe_zeros(model)}; {minutes:.1f} minutes, {peak:.1f} GiB of CUDA memory")
+    print(
+        f"{describe_zeros(model)}; {(time.time() - start) / 60:.1f} minutes,",
+        f"{peak:.1f} GiB of CUDA memory",
+    )
     print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
 
 

@@ -47,12 +47,13 @@ def perplexity(
     check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
+    # Free memory in bytes. Without CUDA, 8 GiB are taken to be free.
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
     if sum(tensor.nbytes for tensor in tensors_of(model)) <= room / 2:
         model_on_device = moved(tensors_of(model), device)
     else:  # one block at a time
         model_on_device = offload_blocks(model, device)
-    # An eighth of the room is for logits in 16 bits, and there are at most 2^15 tokens at once.
+    # Logits of 2 bytes for each token may take an eighth of it. There are at most 2^15 tokens.
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     windows_at_once = max(1, min(room // (16 * vocab_size), 2**15) // tokens.shape[1])
     losses = []
@@ -172,9 +173,8 @@ def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
     Args:
         name: as in `locate`.
         seqlen: length of the sequences.
-        bos: whether they are to begin with BOS. Default: they are if the model is a Gemma, whose
-            perplexity is much higher without. For other models, published protocols let only the
-            text begin with BOS, if the tokenizer adds it.
+        bos: whether they are to begin with BOS. Default: only for Gemma, whose perplexity is much
+            higher without. Published protocols have BOS at most once, at the start of the text.
 
     The weights of the model are not loaded.
 
@@ -183,8 +183,7 @@ def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
     config = transformers.AutoConfig.from_pretrained(**locate(name))
     check_fits(config, seqlen)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**locate(name))
-    if bos is None:
-        bos = "gemma" in config.model_type
+    bos = "gemma" in config.model_type if bos is None else bos
     if bos and tokenizer.bos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no BOS token: use --no-bos")
     return tokenizer, (tokenizer.bos_token_id if bos else None)
