@@ -159,6 +159,14 @@ def record_inputs(module):
     return inputs
 
 
+def inputs_of_linears(model, tokens):
+    # Return the inputs of each linear layer in the blocks, in the model's own forward.
+    linears = find_linears(eval_ppl.find_blocks(model))
+    recorded = {name: record_inputs(linear) for name, linear in linears.items()}
+    own_perplexity(model, tokens)
+    return {name: torch.cat(inputs) for name, inputs in recorded.items() if inputs}
+
+
 def last_states(model, tokens):
     # The hidden states after the last block, in the model's own forward.
     outputs = []
@@ -385,20 +393,16 @@ def released(monkeypatch):
     [file] = [f for f in folders[1].rglob("*.py") if "class AdmmPruner" in f.read_text()]
     AdmmPruner = runpy.run_path(str(file))["AdmmPruner"]
 
-    def sparsegpt(weight, gram, sparsity=0.0, pattern=()):
-        code = SparseGPT(nn.utils.skip_init(nn.Linear, *weight.mT.shape))
-        code.layer.weight.data = weight
-        # A mean over sequences, on a scale on which their 1 for inactive features is small.
-        code.H = 1e6 * gram
-        code.fasterprune(sparsity, *pattern)
-        return code.layer.weight.data
+    def method(code, attribute, scale):
+        def prune(weight, gram, sparsity=0.0, pattern=()):
+            layer = nn.utils.skip_init(nn.Linear, *weight.mT.shape)
+            layer.weight.data = weight
+            pruner = code(layer)
+            setattr(pruner, attribute, scale * gram)
+            pruner.fasterprune(sparsity, *pattern)
+            return layer.weight.data
 
-    def admm(weight, gram, sparsity=0.0, pattern=()):
-        code = AdmmPruner(nn.utils.skip_init(nn.Linear, *weight.mT.shape))
-        code.layer.weight.data = weight
-        code.XX = gram
-        code.fasterprune(sparsity, *pattern)
-        return code.layer.weight.data
+        return prune
 
     def wanda(weight, gram, sparsity=0.0, pattern=()):
         # As in their lib/prune.py, whose functions prune whole models.
@@ -414,7 +418,12 @@ def released(monkeypatch):
         weight[W_mask] = 0
         return weight
 
-    return {"sparsegpt": sparsegpt, "wanda": wanda, "admm-grad": admm}
+    # SparseGPT's H is a mean, here on a scale on which its 1 for inactive features is small.
+    return {
+        "sparsegpt": method(SparseGPT, "H", 1e6),
+        "wanda": wanda,
+        "admm-grad": method(AdmmPruner, "XX", 1),
+    }
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
@@ -469,13 +478,11 @@ def test_a_layer_is_pruned_for_the_inputs_that_it_has_behind_pruned_blocks(error
         model = copy.deepcopy(finished)
         if not error_propagation or name != "mlp.down_proj":
             model.model.layers[block] = copy.deepcopy(dense.model.layers[block])
-        inputs = record_inputs(model.model.layers[block].get_submodule(name))
-        own_perplexity(model, tokens)
-        X = torch.cat(inputs)
+        X = inputs_of_linears(model, tokens)[f"{block}.{name}"]
         assert (gram - X.T @ X).norm() < 1e-4 * gram.norm(), (block, name)
         if not error_propagation:
             W = dense.model.layers[block].get_submodule(name).weight.detach().double()
-            lost = W - finished.model.layers[block].get_submodule(name).weight.double()
+            lost = W - finished.model.layers[block].get_submodule(name).weight.detach().double()
             error = (X @ lost.T).norm() ** 2 / (X @ W.T).norm() ** 2
             assert result["error"] == pytest.approx(float(error), rel=1e-3)
 
@@ -575,19 +582,10 @@ def test_correction_is_half_of_a_ridge_regression():
     torch.testing.assert_close(ap.correct_weight(W, X.T @ X, E.T @ X), W + gain / 2)
 
 
-def record_block(model, tokens):
-    # Return the inputs of the layers of block 1, and its output, in the model's own forward.
-    linears = find_linears(model.model.layers[1])
-    recorded = {name: record_inputs(linear) for name, linear in linears.items()}
-    output = record_inputs(model.model.layers[2])
-    own_perplexity(model, tokens)
-    return {name: torch.cat(record) for name, record in recorded.items()}, torch.cat(output)
-
-
 def test_each_layer_is_corrected_for_what_its_output_lost_and_the_closing_layer_for_all(
     monkeypatch,
 ):
-    # In float64, with the model's own forward: of block 1, once block 0 is pruned.
+    # In float64, with the model's own forward: of block 2, once blocks 0 and 1 are pruned.
     tokens = make_tokens(count=7, seqlen=60)
     targets, returned = [], []
     probes = spy(monkeypatch, "probe_block")
@@ -597,31 +595,32 @@ def test_each_layer_is_corrected_for_what_its_output_lost_and_the_closing_layer_
         returned.append(ap.prune_weight(weight, gram))
         return returned[-1].clone()
 
-    dense, pruned, half, closing_is_dense = (make_model() for _ in range(4))
+    dense, pruned = make_model(), make_model()
     results = prune_tiny(pruned, prune, tokens=tokens, error_propagation=True)
-    half.model.layers[0] = pruned.model.layers[0]
-    closing_is_dense.model.layers = copy.deepcopy(pruned.model.layers)
-    closing_is_dense.model.layers[1].mlp.down_proj = dense.model.layers[1].mlp.down_proj
-    X_dense, H_dense = record_block(dense, tokens)
-    inputs, _ = record_block(half, tokens)
-    closing_inputs, H = record_block(closing_is_dense, tokens)
-    for result, target, pruned_rows in zip(results, targets, returned, strict=True):
-        if result["block"] == 1:
-            name = result["name"]
-            W = dense.model.layers[1].get_submodule(name).weight.detach().double()
-            X = inputs[name]
+    half, closing_is_dense = copy.deepcopy(pruned), copy.deepcopy(pruned)
+    half.model.layers[2] = dense.model.layers[2]
+    closing_is_dense.model.layers[2].mlp.down_proj = dense.model.layers[2].mlp.down_proj
+    X_dense, X_half, X_closing = (
+        inputs_of_linears(model, tokens) for model in (dense, half, closing_is_dense)
+    )
+    for result, target, pruned_rows in zip(results[14:], targets[14:], returned[14:], strict=True):
+        name = f"2.{result['name']}"
+        W = dense.model.layers.get_submodule(name).weight.detach().double()
+        if name == "2.mlp.down_proj":
+            X = X_closing[name]
+            E = last_states(dense, tokens) - last_states(closing_is_dense, tokens)
+            row_weights = 1.0
+        else:
+            X = X_half[name]
             E = (X_dense[name] - X) @ W.T
-            if name == "mlp.down_proj":
-                X = closing_inputs[name]
-                E = H_dense - H
-            row_weights = probes[1][0][name] if name != "mlp.down_proj" else 1.0
-            target = target / row_weights
-            expected = ap.correct_weight(W, X.T @ X, E.T @ X)
-            assert (target - expected).norm() < 1e-3 * (expected - W).norm(), name
-            new = pruned.model.layers[1].get_submodule(name).weight.detach().double()
-            torch.testing.assert_close(new, (pruned_rows / row_weights).double())
-            error = (X @ (target - new).T).norm() ** 2 / (X @ target.T).norm() ** 2
-            assert result["error"] == pytest.approx(float(error), rel=1e-3)
+            row_weights = probes[2][0][result["name"]]
+        target = target / row_weights
+        expected = ap.correct_weight(W, X.T @ X, E.double().flatten(0, -2).T @ X)
+        assert (target - expected).norm() < 1e-3 * (expected - W).norm(), name
+        new = pruned.model.layers.get_submodule(name).weight.detach().double()
+        torch.testing.assert_close(new, (pruned_rows / row_weights).double())
+        error = (X @ (target - new).T).norm() ** 2 / (X @ target.T).norm() ** 2
+        assert result["error"] == pytest.approx(float(error), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
@@ -727,9 +726,8 @@ def test_architectures(kind):
     before = {name: p.clone() for name, p in model.named_parameters()}
     blocks = eval_ppl.find_blocks(model)
     linears = find_linears(blocks)
-    recorded = {name: record_inputs(linear) for name, linear in linears.items()}
     own = own_perplexity(model, tokens)
-    inputs = {name: torch.cat(record) for name, record in recorded.items() if record}
+    inputs = inputs_of_linears(model, tokens)
     try:
         assert eval_ppl.perplexity(model, tokens, CPU) == pytest.approx(own, rel=1e-4)
         grams = collect_grams(model, tokens)
