@@ -78,8 +78,9 @@ def prune_weight(
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and ADMM then only optimises the values of the kept entries.
-        damping: share by which the diagonal of G grows, since G may be singular.
-        rho: penalty. Features are scaled to the norm 1, so that one penalty suits all layers.
+        damping: share by which the diagonal of G grows, since G may be singular. It is multiplied
+            by the share of features that are ever active.
+        rho: penalty, for features that are scaled to a mean squared norm of 1.
         growing_steps: steps in which the share of zeros grows to its final value.
         moving_steps: further steps in which the mask is still selected anew.
         frozen_steps: last steps, in which the mask stays the same.
@@ -95,7 +96,8 @@ def prune_weight(
     if selecting_steps + frozen_steps < 1 or (mask is None and selecting_steps < 1):
         raise ValueError("there must be a step, and without a mask, one that selects a mask")
     gram = gram.float()
-    # The authors take a share of the mean norm, to which features that are never active add 0.
+    # The authors take a share of the mean diagonal of the scaled G, to which a feature that is never
+    # active adds 0.
     damping = damping * float((gram.diagonal() > 0).float().mean())
     # The damping of a feature is a share of its own squared norm, and thus almost nothing for a
     # feature that is hardly ever active. N:M has to keep weights of such features, too, and these
@@ -125,8 +127,8 @@ def prune_weight(
     # V is the minimum of tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2.
     # Z is the matrix with the required zeros that is nearest to V + U.
     # U becomes U + V - Z. That is 0 where an entry is kept, and V + U where it is pruned. So a
-    #     pruned entry of V is pushed towards 0, and harder in each step, as long as it is not 0.
-    #     Without U, V would stop half-way between its optimum and Z.
+    #     pruned entry of V is pushed towards 0, harder with each step until it is there. Without U,
+    #     V would stop between its optimum and Z.
     Z = W0  # Therefore V is W0 in step 1, and the first mask is selected from the dense weight.
     U = torch.zeros_like(W0)
     kept = mask
@@ -156,7 +158,7 @@ def clamped_norms(squares: Tensor, floor: float) -> Tensor:
 
 def inverse(A: Tensor) -> Tensor:
     """Return the inverse of a positive definite matrix."""
-    # torch.cholesky_inverse can take several times as long on a CPU that is busy.
+    # torch.cholesky_inverse is twice as fast on an idle CPU, but far slower on a busy one.
     return torch.cholesky_solve(
         torch.eye(len(A), dtype=A.dtype, device=A.device), torch.linalg.cholesky(A)
     )
@@ -283,7 +285,7 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 class Layer:
     """A linear layer, or an expert of a mixture, with sums over its calibration tokens."""
 
-    weight: Tensor = None  # set by `add`: view of W in the model, (out_features, in_features)
+    weight: Tensor | None = None  # set by `add`: view of W in the model, (out, in)
     num_tokens: int = 0
     gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
     # For error propagation only:
@@ -330,8 +332,8 @@ def leave_routers_dense(block: int, name: str) -> dict | None:
     return {} if routers.isdisjoint(name.split(".")) else None
 
 
-# In a caller's inference mode, `probe_block` would get no gradients; in its autocast, all would be
-# computed in 16 bits.
+# In a caller's inference mode, `probe_block` would get no gradients; in its autocast, there would be
+# matrix products in 16 bits.
 @torch.inference_mode(False)
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
@@ -423,9 +425,8 @@ def prune_block(
     layers = defaultdict(Layer)  # by name
     for before in states:
         _, products = call(before)
-        for name, product in products.items():
-            layers[name].add(product)
-        products.clear()  # frees the copies of inputs and outputs before the next sequence
+        for name in list(products):
+            layers[name].add(products.pop(name))  # pop frees the copies of X and Y
     return prune_layers(call.index, layers, prune, options)
 
 
@@ -510,10 +511,10 @@ def prune_block_with_error_propagation(
         dense_after.append(to_host(after))
         _, products = call(before)
         products.pop(closing_name, None)  # step 4 records it anew
-        for name, product in products.items():
+        for name in list(products):
+            product = products.pop(name)  # frees the copies of X and Y once they are used
             E = None if product.is_expert else dense_products[name].Y - product.Y
             layers[name].add(product, E)
-        products.clear()  # frees the copies of X and Y
         dense_products.clear()
 
     # 3. Each layer but the closing layer is corrected, weighed and pruned.
@@ -860,9 +861,7 @@ def calibration_tokens(
     else:
         ids = eval_ppl.tokenize(tokenizer, eval_ppl.read_text(source, "train"))
         generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(
-            max(len(ids) - seqlen, 0) + 1, (nsamples,), generator=generator, device="cpu"
-        )
+        starts = torch.randint(max(len(ids) - seqlen, 0) + 1, (nsamples,), generator=generator)
         sequences = [ids[start : start + seqlen] for start in starts]
     if len(sequences) < nsamples or len(sequences[0]) < seqlen:
         raise ValueError(f"{source} lacks text for {nsamples} sequences of {seqlen} tokens")
@@ -882,8 +881,10 @@ def prune_and_save(args: argparse.Namespace) -> None:
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
     name = Path(args.model).resolve().name.removesuffix(".gguf")
     folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
-    if folder.exists() or folder.is_symlink() or not os.access(folder.parent, os.W_OK):
-        raise ValueError(f"{folder} exists, or cannot be made in its parent; choose another --save")
+    if folder.exists() or folder.is_symlink() or str(folder) == "smollm2":
+        raise ValueError(f"{folder} exists, or is the name of a model; choose another --save")
+    if not (folder.parent.is_dir() and os.access(folder.parent, os.W_OK)):
+        raise ValueError(f"{folder.parent} is no folder to write to; choose another --save")
     device = eval_ppl.select_device(args.device)
     tokenizer, bos = eval_ppl.load_tokenizer(args.model, args.seqlen, args.bos)
     print(
@@ -907,11 +908,10 @@ def prune_and_save(args: argparse.Namespace) -> None:
         model.float()  # a CPU is slow in 16 bits
     prune = partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern)
     linears = prune_model(model, tokens, prune, args.error_propagation, device)
-    on_gpu = device.type == "cuda"
     used = {  # in place of the arguments of the same names
         "sparsity": None if args.pattern else args.sparsity,
         "bos": bos,
-        "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": model.dtype,
     }
     report = {
@@ -919,7 +919,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "linears": linears,
     }
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else 0.0
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     # A checkpoint may mix dtypes. Parameters and buffers get back their own.
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(stored_dtypes[name])

@@ -47,15 +47,16 @@ def perplexity(
     check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
-    # Free memory in bytes. Without CUDA, 8 GiB are taken to be free.
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
-    if sum(tensor.nbytes for tensor in tensors_of(model)) <= room / 2:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33  # bytes
+    if sum(tensor.nbytes for tensor in tensors_of(model)) <= free / 2:
         model_on_device = moved(tensors_of(model), device)
-    else:  # one block at a time
+        room = 2**30  # for logits
+    else:  # One block at a time. More windows at once make fewer passes over the blocks.
         model_on_device = offload_blocks(model, device)
-    # Logits of 2 bytes for each token may take an eighth of it. There are at most 2^15 tokens.
+        room = free // 8
+    # 2 bytes for each logit, and at most 2^14 tokens, since activations take memory, too.
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    windows_at_once = max(1, min(room // (16 * vocab_size), 2**15) // tokens.shape[1])
+    windows_at_once = max(1, min(room // (2 * vocab_size), 2**14) // tokens.shape[1])
     losses = []
     with model_on_device:
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
@@ -155,7 +156,7 @@ def locate(name: str) -> dict:
     `name` is a hub id, a folder, a .gguf file, or "smollm2".
     """
     path = Path(name)
-    if name == "smollm2" and not path.is_dir():
+    if name == "smollm2":
         # An ImportError if the package is not installed.
         [path] = [
             file.locate()

@@ -531,7 +531,7 @@ def test_a_model_in_training_mode_is_set_to_evaluation_mode():
     assert prune_tiny(model.train(), ap.wanda) == prune_tiny(make_model("gpt2"), ap.wanda)
 
 
-def test_the_loss_is_taken_in_float32_and_at_most_32768_tokens_at_once():
+def test_the_loss_is_taken_in_float32_and_few_tokens_at_once():
     model = make_model().bfloat16()
     tokens = make_tokens(count=1)
     own = own_perplexity(model, tokens)
@@ -540,8 +540,11 @@ def test_the_loss_is_taken_in_float32_and_at_most_32768_tokens_at_once():
     model.model.register_forward_pre_hook(
         lambda _, args, kwargs: counts.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    eval_ppl.perplexity(model, make_tokens(count=600, seqlen=64), CPU)
-    assert counts == [2**15, 600 * 64 - 2**15]
+    for vocab_size, largest in ((96, 2**14), (2**17, 2**12)):  # 2^30 bytes of logits
+        model.config.vocab_size = vocab_size
+        eval_ppl.perplexity(model, make_tokens(count=300, seqlen=64), CPU)
+        assert max(counts) == counts[0] == largest
+        counts.clear()
 
 
 def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer):
@@ -1206,13 +1209,12 @@ def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
 
     text = str(folder / "test.txt")
     windows = eval_ppl.evaluation_tokens(text, hf.AutoTokenizer.from_pretrained(out), 64)
-    for name in ("smollm2", "out.gguf"):  # a folder comes first
-        out = out.rename(name)
-        line = [sys.executable, HERE / "eval_ppl.py", "--model", name, "--seqlen", "64"]
-        line += ["--dataset", text]
-        told = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-        result = float(told.split("perplexity ")[1].split()[0])
-        assert result == pytest.approx(own_perplexity(model, windows), rel=1e-4)
+    out.rename("out.gguf")  # only a file is read as one
+    line = [sys.executable, HERE / "eval_ppl.py", "--model", "out.gguf", "--seqlen", "64"]
+    line += ["--dataset", text]
+    told = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    result = float(told.split("perplexity ")[1].split()[0])
+    assert result == pytest.approx(own_perplexity(model, windows), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -1348,7 +1350,9 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch, kind, stor
         (["--calibration", "short.txt"], "short.txt lacks text for 8 sequences of 64 tokens"),
         (["--save", "full"], "full exists"),
         (["--save", "too large"], "too large needs 0.0 GB, but its disk has 0.0 GB"),
-        (["--save", "missing/out"], "missing/out exists, or cannot be made in its parent"),
+        (["--save", "smollm2"], "smollm2 exists, or is the name of a model"),
+        (["--save", "short.txt/out"], "short.txt is no folder to write to"),
+        (["--save", "missing/out"], "missing is no folder to write to"),
         (["--seqlen", "65"], "seqlen is 65, but the model has only 64 positions"),
         (["--model", "./missing"], "missing"),
         (["--model", "other"], "is beyond the vocabulary of 96"),
@@ -1412,6 +1416,15 @@ def test_a_folder_that_appears_meanwhile_costs_no_result(folder, tmp_path, monke
     assert told.endswith(f"the pruned model is in {unfinished}")
     assert hf.AutoModelForCausalLM.from_pretrained(unfinished).dtype == torch.bfloat16
     assert (unfinished / "pruning_report.json").exists()
+
+
+def test_a_save_that_fails_leaves_nothing_behind(folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(hf.PreTrainedTokenizerFast, "save_pretrained", fail)
+    told = run(monkeypatch, folder, "--save", tmp_path / "out")
+    assert told == "admm_prune.py: no space left" and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------- end to end
