@@ -96,8 +96,8 @@ def prune_weight(
     if selecting_steps + frozen_steps < 1 or (mask is None and selecting_steps < 1):
         raise ValueError("there must be a step, and without a mask, one that selects a mask")
     gram = gram.float()
-    # The authors take a share of the mean diagonal of the scaled G, to which a feature that is never
-    # active adds 0.
+    # The authors take a share of the mean diagonal of the scaled G. To this mean, features that are
+    # never active add 0.
     damping = damping * float((gram.diagonal() > 0).float().mean())
     # The damping of a feature is a share of its own squared norm, and thus almost nothing for a
     # feature that is hardly ever active. N:M has to keep weights of such features, too, and these
@@ -332,8 +332,8 @@ def leave_routers_dense(block: int, name: str) -> dict | None:
     return {} if routers.isdisjoint(name.split(".")) else None
 
 
-# In a caller's inference mode, `probe_block` would get no gradients; in its autocast, there would be
-# matrix products in 16 bits.
+# In a caller's inference mode, `probe_block` would get no gradients. In a caller's autocast, matrix
+# products would be in 16 bits.
 @torch.inference_mode(False)
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
