@@ -391,7 +391,8 @@ def prune_model(
     model.cpu().eval()
     model.set_experts_implementation("eager")  # `ProductRecorder` does not see fused kernels
     # A `BlockCall` is a block with its other arguments, such as masks. call(before) returns the
-    # hidden states after the block, and the products X W^T in it, by the name of the layer.
+    # hidden states after the block, and the products X W^T in it, by the name of the layer. Called
+    # one by one, the blocks have to do what they do in the model, or the model is refused.
     calls = checked_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = embed(model, tokens, device)
