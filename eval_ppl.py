@@ -47,14 +47,15 @@ def perplexity(
     check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33  # bytes
+    # Bytes. A CPU moves nothing, whatever is assumed to be free.
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
     if sum(tensor.nbytes for tensor in tensors_of(model)) <= free / 2:
         model_on_device = moved(tensors_of(model), device)
         room = 2**30  # for logits
     else:  # One block at a time. More windows at once make fewer passes over the blocks.
         model_on_device = offload_blocks(model, device)
         room = free // 8
-    # 2 bytes for each logit, and at most 2^14 tokens, since activations take memory, too.
+    # Each logit is counted as 2 bytes. There are at most 2^14 tokens, for the activations.
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     windows_at_once = max(1, min(room // (2 * vocab_size), 2**14) // tokens.shape[1])
     losses = []
@@ -113,8 +114,9 @@ def offload_blocks(model: PreTrainedModel, device: torch.device):
     others = set(tensors_of(model)) - set(tensors_of(blocks))  # tensors are hashed by identity
     with moved(others, device), ExitStack() as hooks, ExitStack() as visit:
         for block in blocks:
-            # `visit` holds the block that is on the device, closing it lets the block go, and then
-            # it can hold the next one. The first hook returns None, and so changes no argument.
+            # `visit` holds the block that is on the device. Closing it lets the block go, and then
+            # it can hold the next one. (`enter_context` returns None here, so that the first hook
+            # changes no argument.)
             hooks.enter_context(
                 block.register_forward_pre_hook(
                     lambda visitor, args: visit.enter_context(moved(tensors_of(visitor), device))
