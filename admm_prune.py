@@ -96,8 +96,8 @@ def prune_weight(
     if selecting_steps + frozen_steps < 1 or (mask is None and selecting_steps < 1):
         raise ValueError("there must be a step, and without a mask, one that selects a mask")
     gram = gram.float()
-    # The authors add a share of the mean diagonal of their scaled G. That diagonal is 0 for features
-    # that are never active, and 1 for all others.
+    # The authors add a share of the mean diagonal of their scaled G. This diagonal is 0 for
+    # features that are never active, and 1 for others.
     damping = damping * float((gram.diagonal() > 0).float().mean())
     # The damping of a feature is a share of its own squared norm, and thus almost nothing for a
     # feature that is hardly ever active. N:M has to keep weights of such features, too, and these
@@ -105,8 +105,8 @@ def prune_weight(
     norms = clamped_norms(gram.diagonal(), floor=0.01)  # (in,): ||x|| of each input feature
     H = gram.diagonal_scatter((1 + damping) * norms**2)  # (in, in): G with floor and damping
     # Feature j is divided by d_j, chosen below, so that one rho suits all features, and column j of
-    # W is multiplied by it, so that the outputs stay the same. A mask prunes the smallest magnitudes
-    # of V + U, which is W0 = W d in step 1. So d decides the first ranking; then entries move.
+    # W is multiplied by it, so that the outputs stay the same. A mask prunes the smallest entries of
+    # V + U, which is W0 = W d in step 1. So d decides the first ranking; then entries move.
     if obs:
         # Removing W_ij costs W_ij^2 / [H^-1]_jj if the other entries of its row adapt to it
         # (optimal brain surgeon). With this d, the cost is the square of the entry of W0.
@@ -926,8 +926,8 @@ def prune_and_save(args: argparse.Namespace) -> None:
     # A checkpoint may mix dtypes. Parameters and buffers get back their own.
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(stored_dtypes[name])
-    # The output is renamed once it is complete. If saving fails, nothing is left behind. If the name
-    # was taken meanwhile, the complete model stays where it is.
+    # The output is renamed once it is complete. If saving fails, nothing is left behind. If the new
+    # name was taken meanwhile, the complete model stays where it is.
     unfinished = folder.with_name(f"{folder.name}-{os.getpid()}.partial")
     try:
         model.save_pretrained(unfinished)
