@@ -105,8 +105,8 @@ def prune_weight(
     norms = clamped_norms(gram.diagonal(), floor=0.01)  # (in,): ||x|| of each input feature
     H = gram.diagonal_scatter((1 + damping) * norms**2)  # (in, in): G with floor and damping
     # Feature j is divided by d_j, chosen below, so that one rho suits all features, and column j of
-    # W is multiplied by it, so that the outputs stay the same. A mask prunes the smallest entries of
-    # V + U, which is W0 = W d in step 1. So d decides the first ranking; then entries move.
+    # W is multiplied by it, so that the outputs stay the same. Masks prune the smallest magnitudes
+    # in V + U, which is W0 = W d in step 1. So d decides the first ranking. Then entries move.
     if obs:
         # Removing W_ij costs W_ij^2 / [H^-1]_jj if the other entries of its row adapt to it
         # (optimal brain surgeon). With this d, the cost is the square of the entry of W0.
