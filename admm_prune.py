@@ -10,9 +10,9 @@ For each linear layer with weight W and calibration inputs X, we look for a spar
 
 The default is the algorithm of "Fast and Effective Weight Update for Pruned Large Language Models"
 (Vladimír Boža, TMLR 2024, arXiv 2401.02938): ADMM with a gradual mask, which the paper calls
-ADMM-Grad. Our `--method admm-obs --error-propagation` has lower perplexities in all our
-measurements (README.md). `admm-obs` has other constants and another rule for what an entry is
-worth. Error propagation looks beyond the single layer, and works with any method: it corrects
+ADMM-Grad. Our `--method admm-obs --error-propagation` had lower perplexities than this default in
+all our measurements (README.md). `admm-obs` has other constants and another rule for what an entry
+is worth. Error propagation looks beyond the single layer, and works with any method: it corrects
 layers for earlier errors, and weighs their rows by how far their outputs move the hidden states
 after the block.
 
@@ -567,7 +567,7 @@ def probe_block(
     """Return the row weights of the layers of a dense block, and the name of its closing layer.
 
     Experts are left out, since they get only some of the tokens. `dense_states` are the hidden
-    states of the dense model before the block. The first 8 sequences are enough, and are used.
+    states of the dense model before the block. The first 8 of them are used.
 
     The probe is a backward pass through the block. It starts from random signs, 1 or -1, one at
     each entry of the hidden states after the block. Let g be the gradient at one entry y of the

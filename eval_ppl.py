@@ -273,8 +273,8 @@ def one_line_errors(program: str):
     try:
         yield
     except (ValueError, OSError, ImportError, SafetensorError, torch.OutOfMemoryError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        sys.exit("; ".join([f"{program}: {first_line}", *getattr(error, "__notes__", [])]))
+        line = str(error).strip().partition("\n")[0]
+        sys.exit(f"{program}: " + "; ".join([line, *getattr(error, "__notes__", [])]))
 
 
 def add_common_arguments(cli: argparse.ArgumentParser) -> None:
