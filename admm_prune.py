@@ -18,11 +18,11 @@ after the block.
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
-loop over the decoder blocks, with `prune_block` and `prune_layer`. Except for `OBS`, a floor that
-the solver sets for small norms, and what is marked as error propagation, this is the published
-algorithm. Error propagation has a section of its own. Then come the machinery (how the inputs of
-layers are recorded, and blocks called one by one), the calibration text and the command line.
-eval_ppl.py measures perplexity, and has what both programs need, such as devices and loading.
+loop over the decoder blocks, with `prune_block` and `prune_layer`. This is the published algorithm,
+but for three things of ours: `OBS`, a floor for small norms in the solver, and error propagation,
+which has a section of its own. Then come the machinery (how the inputs of layers are recorded, and
+blocks called one by one), the calibration text and the command line. eval_ppl.py measures
+perplexity, and has what both programs need, such as devices and loading.
 """
 
 import argparse
@@ -87,32 +87,27 @@ def prune_weight(
         obs: whether to rank entries as optimal brain surgeon does, instead of as Wanda does.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
-    Raises: ValueError if an argument is invalid; torch.linalg.LinAlgError if a matrix to invert is
-        singular, which can happen with damping 0, or is not finite.
+    Raises: ValueError if sparsity or pattern is invalid; torch.linalg.LinAlgError if a matrix to
+        invert is singular, which can happen with damping 0, or is not finite.
     """
-    if mask is not None and mask.shape != weight.shape:
-        raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
-    selecting_steps = growing_steps + moving_steps
-    if selecting_steps + frozen_steps < 1 or (mask is None and selecting_steps < 1):
-        raise ValueError("there must be a step, and without a mask, one that selects a mask")
     gram = gram.float()
-    # The authors add a share of the mean diagonal of their scaled G. This diagonal is 0 for
-    # features that are never active, and 1 for others.
-    damping = damping * float((gram.diagonal() > 0).float().mean())
+    # The authors scale G so that its diagonal is 1, or 0 for features that are never active, and
+    # add a share of the mean diagonal, which is the share of features that are ever active.
+    active_share = float((gram.diagonal() > 0).float().mean())
     # The damping of a feature is a share of its own squared norm, and thus almost nothing for a
     # feature that is hardly ever active. N:M has to keep weights of such features, too, and these
     # weights could become huge. So no norm counts as less than 1 % of the mean. This floor is ours.
     norms = clamped_norms(gram.diagonal(), floor=0.01)  # (in,): ||x|| of each input feature
-    H = gram.diagonal_scatter((1 + damping) * norms**2)  # (in, in): G with floor and damping
+    H = gram.diagonal_scatter((1 + damping * active_share) * norms**2)  # (in, in)
     # Feature j is divided by d_j, chosen below, so that one rho suits all features, and column j of
-    # W is multiplied by it, so that the outputs stay the same. Masks prune the smallest magnitudes
-    # in V + U, which is W0 = W d in step 1. So d decides the first ranking. Then entries move.
+    # W is multiplied by it, so that the outputs stay the same. Masks rank entries by magnitude, at
+    # first those of W0 = W d. So d decides the first ranking. Then entries move.
     if obs:
         # Removing W_ij costs W_ij^2 / [H^-1]_jj if the other entries of its row adapt to it
-        # (optimal brain surgeon). With this d, the cost is the square of the entry of W0.
+        # (optimal brain surgeon). With this d, that is the square of the entry of W0.
         d = inverse(H).diagonal().rsqrt()
-        # A common factor of d only acts like another rho. With this one, the mean diagonal of A is
-        # 1 + damping, as it is with Wanda's d.
+        # A factor c of d acts like c^2 rho in place of rho, and changes no ranking of W0. With this
+        # factor, the mean diagonal of A is the same as with the other d.
         d = d * (norms / d).square().mean().sqrt()
     else:
         d = norms  # then |W0| is Wanda's score
@@ -124,7 +119,7 @@ def prune_weight(
     # ADMM has two copies of W0: V reconstructs the outputs, and Z has the zeros. U, the scaled dual
     # variable, is the sum of V - Z over the steps so far. Each step changes one after the other:
     #
-    # V is the minimum of tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2.
+    # V minimises tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2.
     # Z is the matrix with the required zeros that is nearest to V + U.
     # U becomes U + V - Z. That is 0 where an entry is kept, and V + U where it is pruned. So a
     #     pruned entry of V is pushed towards 0, harder with each step until it is there. Without U,
@@ -132,6 +127,7 @@ def prune_weight(
     Z = W0  # so that V is W0 in step 1, and the first mask is selected from the dense weight
     U = torch.zeros_like(W0)
     kept = mask
+    selecting_steps = growing_steps + moving_steps
     for step in range(1, selecting_steps + frozen_steps + 1):
         # The paper has V = (W0 A + rho (Z - U)) (A + rho I)^-1. This is the same, since
         # W0 A = W0 (A + rho I) - rho W0.
@@ -362,7 +358,8 @@ def prune_model(
             place, but not the Gram matrix.
         error_propagation: whether to look beyond the single layer. Weights are then corrected for
             earlier errors before they are pruned (`correct_weight`), and their rows are weighed by
-            how far they move the hidden states after the block (`probe_block`).
+            how far they move the hidden states after the block (`probe_block`). This does not apply
+            to the experts of mixtures.
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: for methods that depend on the layer. options(block, name) gets the number of a
             block and the name of a layer in it, such as "mlp.down_proj". It returns further keyword
@@ -571,8 +568,8 @@ def probe_block(
 
     The probe is a backward pass through the block. It starts from random signs, 1 or -1, one at
     each entry of the hidden states after the block. Let g be the gradient at one entry y of the
-    outputs of a layer: g = sum_k sign_k dh_k/dy, where the h_k are these entries, of all tokens. In
-    g^2, products of different terms cancel on average over the signs, and what is left is
+    outputs of a layer: g = sum_k sign_k dh_k/dy, where h_k runs over these entries of all tokens.
+    In g^2, products of different terms cancel on average over the signs, and what is left is
     sum_k (dh_k/dy)^2.
 
     Row weights: let s_i be the sum over the tokens of g^2 at output i of the layer. It tells how
@@ -606,7 +603,7 @@ def probe_block(
         products.clear()  # frees the copies of X and Y before the backward pass
         # 1 and -1 are exact in each dtype, so the gradient of a closing layer is exact, too.
         signs = 2 * torch.randint(2, after.shape, generator=generator, device="cpu") - 1
-        # `before` is added for blocks without edges, since autograd refuses an empty list.
+        # `before` is added since autograd refuses an empty list, as of a block with experts only.
         *gradients, _ = torch.autograd.grad(
             after, [*edges.values(), before], signs.to(after), allow_unused=True
         )
@@ -614,7 +611,7 @@ def probe_block(
             if gradient is not None:
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[name] += g.square().sum(0)
-                if torch.equal(g, signs[0].to(g)):
+                if torch.equal(g, signs[0].to(g)):  # [0]: of the one sequence
                     closing_name = name  # the last one stays
     row_weights = {name: (s + s.mean()).sqrt()[:, None] for name, s in sums.items() if s.any()}
     return row_weights, closing_name
@@ -652,18 +649,12 @@ class ProductRecorder(TorchFunctionMode):
         # same address, but fewer entries. The values are the name of the layer, and whether it is
         # an expert.
         self.weights: dict[tuple[int, int], tuple[str, bool]] = {}
-        # The experts of a mixture are modules below a list, or slices of a stack.
-        lists = tuple(
-            f"{name}."
-            for name, module in block.named_modules()
-            if isinstance(module, nn.ModuleList)
-        )
         for name, module in block.named_modules():
             # Conv1D is the linear layer of GPT-2. A weight that a module computes anew in each
             # forward is no parameter, and is left out.
             if isinstance(module, (nn.Linear, Conv1D)) and isinstance(module.weight, nn.Parameter):
                 key = (module.weight.data_ptr(), module.weight.numel())
-                self.weights[key] = (name, name.startswith(lists))
+                self.weights[key] = (name, False)
         for name, parameter in block.named_parameters():
             # A parameter of three dimensions is a stack of experts, unless one of them is 1, as in
             # the depthwise convolution of Mamba, (channels, 1, width).
@@ -688,7 +679,7 @@ class ProductRecorder(TorchFunctionMode):
         Llama 4 computes all experts of a stack at once. Then all three have a first dimension for
         the experts, and x has a row of zeros where a token goes elsewhere.
         """
-        # For a stack, the entries of one matrix are counted: it is found by its expert 0.
+        # A stack begins at the address of its expert 0, and is found by the key of this expert.
         key = (weight.data_ptr(), weight.shape[-2:].numel())
         if key not in self.weights or weight.ndim > 3 or x.numel() == 0:
             return  # no weight of the block, or an expert without tokens
@@ -784,7 +775,7 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
     own_states = []  # after each of these calls
 
     def keep(block, args, kwargs, output):
-        calls.append(BlockCall(len(calls), block, args[1:], kwargs))
+        calls.append(BlockCall(len(calls) % len(blocks), block, args[1:], kwargs))
         own_states.append(to_host(states_of(output)))
 
     with eval_ppl.offload_blocks(model, device), ExitStack() as hooks:
@@ -883,7 +874,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
     name = Path(args.model).resolve().name.removesuffix(".gguf")
     folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
-    # `--model smollm2` would not read a folder of this name.
+    # `--model smollm2` means the package, not a folder of this name.
     if folder.exists() or folder.is_symlink() or str(folder) == "smollm2":
         raise ValueError(f"{folder} exists, or is the name of a model; choose another --save")
     if not (folder.parent.is_dir() and os.access(folder.parent, os.W_OK)):
@@ -906,6 +897,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{folder} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB"
         )
+    # A checkpoint may mix dtypes. Its parameters and buffers get back their own before saving.
     stored_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     if args.dtype == "auto" and device.type == "cpu":
         model.float()  # a CPU is slow in 16 bits
@@ -923,7 +915,6 @@ def prune_and_save(args: argparse.Namespace) -> None:
         "linears": linears,
     }
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    # A checkpoint may mix dtypes. Parameters and buffers get back their own.
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(stored_dtypes[name])
     # The output is renamed once it is complete. If saving fails, nothing is left behind. If the new

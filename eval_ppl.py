@@ -15,9 +15,7 @@ and offload the blocks, and how to load models, tokenizers and texts.
 import argparse
 import importlib.metadata
 import sys
-from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -25,7 +23,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -47,7 +44,7 @@ def perplexity(
     check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
-    # Bytes. A CPU moves nothing, whatever is assumed to be free.
+    # Bytes. For devices without CUDA, 8 GiB are assumed. (On a CPU, nothing is moved.)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
     if sum(tensor.nbytes for tensor in tensors_of(model)) <= free / 2:
         model_on_device = moved(tensors_of(model), device)
@@ -63,7 +60,7 @@ def perplexity(
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
             logits = model(windows, use_cache=False).logits  # (windows, seqlen, vocabulary)
             for window, predicted in zip(windows, logits, strict=True):
-                losses.append(F.cross_entropy(predicted[:-1].float(), window[1:]))
+                losses.append(nn.functional.cross_entropy(predicted[:-1].float(), window[1:]))
     return float(torch.stack(losses).cpu().double().mean().exp())  # MPS has no float64
 
 
@@ -84,11 +81,11 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Return all parameters and buffers."""
-    return list(chain(module.parameters(), module.buffers()))
+    return [*module.parameters(), *module.buffers()]
 
 
 @contextmanager
-def moved(tensors: Iterable[Tensor], device: torch.device):
+def moved(tensors: list[Tensor] | set[Tensor], device: torch.device):
     """Let tensors have their data on the device, until the context ends.
 
     Then they get back the data that they had before, so that nothing is copied back.
@@ -186,7 +183,8 @@ def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
     config = transformers.AutoConfig.from_pretrained(**locate(name))
     check_fits(config, seqlen)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**locate(name))
-    bos = "gemma" in config.model_type if bos is None else bos
+    if bos is None:
+        bos = "gemma" in config.model_type
     if bos and tokenizer.bos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no BOS token: use --no-bos")
     return tokenizer, (tokenizer.bos_token_id if bos else None)
@@ -227,7 +225,7 @@ def read_text(source: str, split: str) -> str:
         if source == "wikitext2":
             rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
             return "\n\n".join(rows["text"])
-        return Path(source).read_text(encoding="utf-8-sig")  # with or without a mark
+        return Path(source).read_text(encoding="utf-8-sig")  # with or without a byte order mark
 
 
 def tokenize(tokenizer, text: str) -> Tensor:

@@ -325,20 +325,6 @@ def test_invalid_amounts_are_refused(method, sparsity, pattern):
         METHODS[method](W, X.T @ X, sparsity, pattern)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"mask": torch.ones(40, dtype=torch.bool)}, r"mask is \(40,\), but weight is \(24, 40\)"),
-        ({"growing_steps": 0}, "one that selects a mask"),
-        ({"growing_steps": 0, "frozen_steps": 0, "mask": torch.ones(24, 40)}, "must be a step"),
-    ],
-)
-def test_a_wrong_mask_or_no_step_for_it_is_refused(arguments, message):
-    W, X = make_layer()
-    with pytest.raises(ValueError, match=message):
-        ap.prune_weight(W, X.T @ X, **arguments)
-
-
 def test_the_solver_runs_as_a_copy():
     text = Path(ap.__file__).read_text(encoding="utf-8")
     scope = dict(torch=torch, Tensor=torch.Tensor)
