@@ -1,4 +1,4 @@
-"""Tests: `pytest`, without network, some minutes on one core. `pytest -m sweep` takes the rare
+"""Tests: `pytest`, without network, a minute on one core. `pytest -m sweep` takes the rare
 architectures. The mathematics is compared with independent computations in float64, the loop over
 the blocks with the models' own forward.
 """
