@@ -87,9 +87,14 @@ def prune_weight(
         obs: whether to rank entries as optimal brain surgeon does, instead of as Wanda does.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
-    Raises: ValueError if sparsity or pattern is invalid; torch.linalg.LinAlgError if a matrix to
-        invert is singular, which can happen with damping 0, or is not finite.
+    Raises: ValueError if an argument is invalid; torch.linalg.LinAlgError if a matrix to invert is
+        singular, which can happen with damping 0, or is not finite.
     """
+    if mask is not None and mask.shape != weight.shape:
+        raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
+    selecting_steps = growing_steps + moving_steps
+    if selecting_steps + frozen_steps < 1 or (mask is None and selecting_steps < 1):
+        raise ValueError("there must be a step, and without a mask, one that selects a mask")
     gram = gram.float()
     # The authors scale G so that its diagonal is 1, or 0 for features that are never active, and
     # add a share of the mean diagonal, which is the share of features that are ever active.
@@ -127,7 +132,6 @@ def prune_weight(
     Z = W0  # so that V is W0 in step 1, and the first mask is selected from the dense weight
     U = torch.zeros_like(W0)
     kept = mask
-    selecting_steps = growing_steps + moving_steps
     for step in range(1, selecting_steps + frozen_steps + 1):
         # The paper has V = (W0 A + rho (Z - U)) (A + rho I)^-1. This is the same, since
         # W0 A = W0 (A + rho I) - rho W0.
