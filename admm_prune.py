@@ -159,11 +159,10 @@ def select_mask(
 
     Raises: ValueError if sparsity or pattern is invalid.
     """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
     scores = values.abs().float()
-    if pattern is None:
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
-    else:
+    if pattern is not None:
         N, M = pattern
         if not 0 < N <= M:
             raise ValueError(f"pattern must be (N, M) with 0 < N <= M, got {pattern}")

@@ -33,43 +33,48 @@ from torch.nn import functional as F
 
 import admm_prune as ap
 import eval_ppl
-from admm_prune import METHODS, OBS
+from admm_prune import METHODS
 
 torch.set_num_threads(1)  # for tensors as small as these, threads get in each other's way
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 # The schedule of the authors' code without N:M: the final sparsity from the first step on.
 RELEASED = {"growing_steps": 1, "moving_steps": 14}
+OTHER = {"damping": 0.2, "rho": 0.7, "growing_steps": 4, "moving_steps": 8, "frozen_steps": 5}
 DOCS = "\n\n".join(pydoc_data.topics.topics.values())
-# Small values for the sizes that a configuration may have, under whatever name.
-SIZES = """
-0 pad_token_id bos_token_id eos_token_id
-1 n_group topk_group n_groups mamba_n_groups first_k_dense_replace
-2 num_key_value_heads num_kv_heads linear_num_key_heads num_experts_per_tok moe_topk
-2 index_n_heads o_groups
-3 num_hidden_layers n_layer n_layers decoder_layers
-4 num_attention_heads n_head n_heads decoder_attention_heads num_experts num_local_experts
-4 rotary_dim n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads linear_num_value_heads
-8 head_dim kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim
-8 mamba_d_state linear_value_head_dim sliding_window index_head_dim index_topk state_size
-16 ffn_hidden_size moe_intermediate_size q_lora_rank kv_lora_rank qk_head_dim o_lora_rank chunk_size
-16 mamba_d_head mamba_head_dim shared_expert_intermediate_size word_embed_proj_dim
-16 expert_ffn_hidden_size
-32 hidden_size n_embd d_model dim emb_dim embedding_size embed_dim hidden_dim attention_hidden_size
-32 lru_width
-48 intermediate_size ffn_dim n_inner d_ff dff dim_ff decoder_ffn_dim
-64 max_position_embeddings n_positions
-96 vocab_size n_words
-"""
-TINY = {}
-for line in SIZES.strip().splitlines():
-    value, *names = line.split()
-    TINY |= dict.fromkeys(names, int(value))
-# Not every type can take all of them: `make_model` leaves out one set of names after the other.
-DROPS = (
-    "|head_dim|head_dim qk_head_dim|num_attention_heads num_key_value_heads|sliding_window"
-    "|num_hidden_layers|head_dim num_hidden_layers"
-).split("|")
+# A tiny model: whichever of these names its configuration has, it gets that value for it.
+SIZES = {
+    0: "pad_token_id bos_token_id eos_token_id",
+    1: "n_group topk_group n_groups mamba_n_groups first_k_dense_replace",
+    2: "num_key_value_heads num_kv_heads linear_num_key_heads num_experts_per_tok moe_topk "
+    "index_n_heads o_groups",
+    3: "num_hidden_layers n_layer n_layers decoder_layers",
+    4: "num_attention_heads n_head n_heads decoder_attention_heads rotary_dim num_experts "
+    "num_local_experts n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads "
+    "linear_num_value_heads",
+    8: "head_dim kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim "
+    "mamba_d_state linear_value_head_dim sliding_window index_head_dim index_topk state_size",
+    16: "ffn_hidden_size moe_intermediate_size q_lora_rank kv_lora_rank qk_head_dim o_lora_rank "
+    "chunk_size mamba_d_head mamba_head_dim shared_expert_intermediate_size word_embed_proj_dim "
+    "expert_ffn_hidden_size",
+    32: "hidden_size n_embd d_model dim emb_dim embedding_size embed_dim hidden_dim "
+    "attention_hidden_size lru_width",
+    48: "intermediate_size ffn_dim n_inner d_ff dff dim_ff decoder_ffn_dim",
+    64: "max_position_embeddings n_positions",
+    96: "vocab_size n_words",
+}
+TINY = {name: size for size, names in SIZES.items() for name in names.split()}
+# Some types contradict these values for some names. `make_model` leaves the names of each of these
+# lines at their defaults, one line after the other, until a model can be built.
+DROPS = [
+    "",
+    "head_dim",
+    "head_dim qk_head_dim",
+    "num_attention_heads num_key_value_heads",
+    "sliding_window",
+    "num_hidden_layers",
+    "head_dim num_hidden_layers",
+]
 CAUSAL = list(hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 LLAMA = {name: TINY[name] for name in vars(hf.LlamaConfig()) if name in TINY}
 COMMON = (
@@ -138,9 +143,9 @@ def own_perplexity(model, tokens):
     return math.exp(sum(losses) / len(losses))
 
 
-def prune_tiny(model, prune=ap.prune_weight, error_propagation=False, **arguments):
+def prune_tiny(model, prune=ap.prune_weight, block_aware=False, **arguments):
     tokens = arguments.pop("tokens", make_tokens())
-    return ap.prune_model(model, tokens, prune, error_propagation, CPU, **arguments)
+    return ap.prune_model(model, tokens, prune, block_aware, CPU, **arguments)
 
 
 def find_linears(blocks):
@@ -182,7 +187,12 @@ def spy(monkeypatch, name, module=ap):
     # Return a list that gets what each call of a function of the module returns.
     results = []
     function = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args: results.append(function(*args)) or results[-1])
+
+    def keep(*args):
+        results.append(function(*args))
+        return results[-1]
+
+    monkeypatch.setattr(module, name, keep)
     return results
 
 
@@ -190,13 +200,10 @@ def spy(monkeypatch, name, module=ap):
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])
-@pytest.mark.parametrize("obs", [False, True])
-def test_a_given_mask_converges_to_least_squares_on_the_support(damping, obs):
+def test_a_given_mask_converges_to_least_squares_on_the_support(damping):
     W, X = make_layer()
     mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) > 0.5
-    pruned = ap.prune_weight(
-        W, X.T @ X, mask=mask, damping=damping, rho=0.1, frozen_steps=3000, obs=obs
-    )
+    pruned = ap.prune_weight(W, X.T @ X, mask=mask, damping=damping, rho=0.1, frozen_steps=3000)
     assert (pruned[~mask] == 0).all()
     # With a row below for each feature, the Gram matrix is G + damping * Diag G.
     damped = torch.cat([X.double(), torch.diag(math.sqrt(damping) * X.double().norm(dim=0))])
@@ -207,9 +214,8 @@ def test_a_given_mask_converges_to_least_squares_on_the_support(damping, obs):
 
 
 def admm_reference(
-    W, X, sparsity, pattern, damping=0.1, rho=1, growing_steps=15, moving_steps=0, frozen_steps=6,
-    obs=False,
-):  # fmt: skip
+    W, X, sparsity, pattern, damping=0.1, rho=1, growing_steps=15, moving_steps=0, frozen_steps=6
+):
     # The algorithm in float64, with the unscaled dual Y = rho U and textbook formulas.
     X = X.double()
     norms = X.norm(dim=0)
@@ -218,10 +224,8 @@ def admm_reference(
     eye = torch.eye(len(norms), dtype=torch.float64)
     A = X.T @ X
     A.diagonal().copy_((1 + damping) * norms**2)
-    d = 1 / torch.linalg.inv(A).diagonal().sqrt() if obs else norms
-    A = A / torch.outer(d, d)
-    W0 = W.double() * d
-    rho = rho * A.trace() / len(d) / (1 + damping)
+    A = A / torch.outer(norms, norms)
+    W0 = W.double() * norms
     V = Z = W0
     Y = torch.zeros_like(W0)
     for step in range(1, growing_steps + moving_steps + frozen_steps + 1):
@@ -232,7 +236,7 @@ def admm_reference(
             mask = reference_mask((V + Y / rho).abs(), sparsity, pattern, share)
         Z = mask * (V + Y / rho)
         Y = Y + rho * (V - Z)
-    return Z / d
+    return Z / norms
 
 
 def reference_mask(scores, sparsity, pattern, share=1.0):
@@ -253,7 +257,7 @@ def reference_mask(scores, sparsity, pattern, share=1.0):
 @pytest.mark.parametrize(
     "sparsity, pattern", [(0.6, None), (0.9, None), (0.5, (2, 4)), (0, (3, 5))]
 )
-@pytest.mark.parametrize("hyperparameters", [{}, OBS, RELEASED], ids=["paper", "ours", "released"])
+@pytest.mark.parametrize("hyperparameters", [{}, OTHER, RELEASED])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
 def test_the_solver_is_admm_in_float64(
     dtype, tolerance, hyperparameters, sparsity, pattern, never_active
@@ -269,8 +273,7 @@ def test_the_solver_is_admm_in_float64(
     assert not torch.signbit(ours[ours == 0]).any()
 
 
-@pytest.mark.parametrize("method", ["admm-grad", "admm-obs"])
-def test_features_that_are_rarely_active_get_no_huge_weights(method):
+def test_features_that_are_rarely_active_get_no_huge_weights():
     # Behind a ReLU, whole groups hardly ever fire, but 2:4 keeps two weights of each. The error is
     # that on other tokens than those for which the weights are optimised.
     W, X = make_layer(columns=64, tokens=4000, seed=1)
@@ -278,21 +281,19 @@ def test_features_that_are_rarely_active_get_no_huge_weights(method):
     gram, other = X[:2000].T @ X[:2000], X[2000:].T @ X[2000:]
     ours, sparsegpt = (
         ap.measure_error(W, prune(W, gram, pattern=(2, 4)), other)
-        for prune in (METHODS[method], ap.sparsegpt)
+        for prune in (ap.prune_weight, ap.sparsegpt)
     )
     assert ours < sparsegpt
 
 
-def test_the_hyperparameters_are_those_of_the_paper_and_ours():
-    names = ("damping", "rho", "growing_steps", "moving_steps", "frozen_steps", "obs")
+def test_the_hyperparameters_are_those_of_the_paper():
+    names = ("damping", "rho", "growing_steps", "moving_steps", "frozen_steps")
     defaults = inspect.signature(ap.prune_weight).parameters
-    assert [defaults[name].default for name in names] == [0.1, 1.0, 15, 0, 6, False]
-    ours = METHODS["admm-obs"].keywords
-    assert [ours.get(name) for name in names] == [None, 0.7, 4, 8, 5, True]
+    assert [defaults[name].default for name in names] == [0.1, 1.0, 15, 0, 6]
     assert METHODS["admm-grad"] is ap.prune_weight
 
 
-@pytest.mark.parametrize("method", ["admm-grad", "admm-obs", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", ["admm-grad", "sparsegpt", "magnitude"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.123, 0.5, 0.7, 0.99])
 @pytest.mark.parametrize("shape", [(23, 37), (1, 40), (24, 1), (1, 1)])
 def test_exact_count_of_zeros(method, sparsity, shape):
@@ -464,11 +465,10 @@ def test_the_released_code_in_our_loop_gives_our_model(released, monkeypatch, me
 # --------------------------------------------------------------------------- loop over the blocks
 
 
-@pytest.mark.parametrize("error_propagation", [False, True])
-def test_a_layer_is_pruned_for_the_inputs_that_it_has_behind_pruned_blocks(error_propagation):
+@pytest.mark.parametrize("block_aware", [False, True])
+def test_a_layer_is_pruned_for_the_inputs_that_it_has_behind_pruned_blocks(block_aware):
     # In float64, with the finished model's own forward: the blocks before a layer are pruned, and
-    # its own block is dense. With error propagation, the rest of the closing layer's block is
-    # pruned, too.
+    # its own block is dense. If block-aware, the rest of the closing layer's block is pruned, too.
     tokens = make_tokens()
     dense, finished = make_model(), make_model()
     grams = []
@@ -477,19 +477,18 @@ def test_a_layer_is_pruned_for_the_inputs_that_it_has_behind_pruned_blocks(error
         grams.append(gram.double())
         return ap.prune_weight(weight, gram, 0.7)
 
-    results = prune_tiny(finished, prune, error_propagation, tokens=tokens)
+    results = prune_tiny(finished, prune, block_aware, tokens=tokens)
     for result, gram in zip(results, grams, strict=True):
         block, name = result["block"], result["name"]
         model = copy.deepcopy(finished)
-        if not error_propagation or name != "mlp.down_proj":
+        if not block_aware or name != "mlp.down_proj":
             model.model.layers[block] = copy.deepcopy(dense.model.layers[block])
         X = inputs_of_linears(model, tokens)[f"{block}.{name}"]
         assert (gram - X.T @ X).norm() < 1e-4 * gram.norm(), (block, name)
-        if not error_propagation:
-            W = dense.model.layers[block].get_submodule(name).weight.detach().double()
-            lost = W - finished.model.layers[block].get_submodule(name).weight.detach().double()
-            error = (X @ lost.T).norm() ** 2 / (X @ W.T).norm() ** 2
-            assert result["error"] == pytest.approx(float(error), rel=1e-3)
+        W = dense.model.layers[block].get_submodule(name).weight.detach().double()
+        lost = W - finished.model.layers[block].get_submodule(name).weight.detach().double()
+        error = (X @ lost.T).norm() ** 2 / (X @ W.T).norm() ** 2
+        assert result["error"] == pytest.approx(float(error), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
@@ -504,7 +503,7 @@ def test_options_give_each_layer_its_own_sparsity_or_leave_it_as_it_is(kind):
         asked.append((block, name))
         return None if block == 0 or name in dense else {"sparsity": own.get(name, 0.5)}
 
-    results = prune_tiny(model, error_propagation=True, options=options)
+    results = prune_tiny(model, block_aware=True, options=options)
     assert len(asked) == len(set(asked)) == (21 if kind == "llama" else 36)
     for result in results:
         assert result["sparsity"] == pytest.approx(own.get(result["name"], 0.5), abs=1e-3)
@@ -573,7 +572,7 @@ def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer
     assert len(scope["results"]) > 10
 
 
-# ------------------------------------------------------------------------------ error propagation
+# --------------------------------------------------------------------------- block-aware pruning
 
 
 def test_correction_is_half_of_a_ridge_regression():
@@ -590,7 +589,7 @@ def test_correction_is_half_of_a_ridge_regression():
     torch.testing.assert_close(ap.correct_weight(W, X.T @ X, E.T @ X), W + gain / 2)
 
 
-def test_each_layer_is_corrected_for_what_its_output_lost_and_the_closing_layer_for_all(
+def test_rows_are_weighed_and_the_closing_layer_is_corrected_for_all_that_the_states_lack(
     monkeypatch,
 ):
     # In float64, with the model's own forward: of block 2, once blocks 0 and 1 are pruned.
@@ -604,31 +603,23 @@ def test_each_layer_is_corrected_for_what_its_output_lost_and_the_closing_layer_
         return returned[-1].clone()
 
     dense, pruned = make_model(), make_model()
-    results = prune_tiny(pruned, prune, tokens=tokens, error_propagation=True)
-    half, closing_is_dense = copy.deepcopy(pruned), copy.deepcopy(pruned)
-    half.model.layers[2] = dense.model.layers[2]
-    closing_is_dense.model.layers[2].mlp.down_proj = dense.model.layers[2].mlp.down_proj
-    X_dense, X_half, X_closing = (
-        inputs_of_linears(model, tokens) for model in (dense, half, closing_is_dense)
-    )
+    results = prune_tiny(pruned, prune, tokens=tokens, block_aware=True)
+    all_but_closing = copy.deepcopy(pruned)
+    all_but_closing.model.layers[2].mlp.down_proj = dense.model.layers[2].mlp.down_proj
+    X = inputs_of_linears(all_but_closing, tokens)["2.mlp.down_proj"]
+    E = last_states(dense, tokens) - last_states(all_but_closing, tokens)
     for result, target, pruned_rows in zip(results[14:], targets[14:], returned[14:], strict=True):
         name = f"2.{result['name']}"
-        W = dense.model.layers.get_submodule(name).weight.detach().double()
+        expected = dense.model.layers.get_submodule(name).weight.detach().double()
+        row_weights = 1.0
         if name == "2.mlp.down_proj":
-            X = X_closing[name]
-            E = last_states(dense, tokens) - last_states(closing_is_dense, tokens)
-            row_weights = 1.0
+            expected = ap.correct_weight(expected, X.T @ X, E.double().flatten(0, -2).T @ X)
         else:
-            X = X_half[name]
-            E = (X_dense[name] - X) @ W.T
             row_weights = probes[2][0][result["name"]]
-        target = target / row_weights
-        expected = ap.correct_weight(W, X.T @ X, E.double().flatten(0, -2).T @ X)
-        assert (target - expected).norm() < 1e-3 * (expected - W).norm(), name
-        new = pruned.model.layers.get_submodule(name).weight.detach().double()
-        torch.testing.assert_close(new, (pruned_rows / row_weights).double())
-        error = (X @ (target - new).T).norm() ** 2 / (X @ target.T).norm() ** 2
-        assert result["error"] == pytest.approx(float(error), rel=1e-3)
+        torch.testing.assert_close(target, expected * row_weights, rtol=1e-4, atol=1e-5)
+        new = pruned.model.layers.get_submodule(name).weight.detach()
+        torch.testing.assert_close(new, pruned_rows / row_weights)
+    assert result["name"] == "mlp.down_proj"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
@@ -638,7 +629,7 @@ def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypa
     random_state = torch.get_rng_state()
     probes = spy(monkeypatch, "probe_block")
     model.requires_grad_(False)  # as users of adapters have it
-    prune_tiny(model, ap.wanda, error_propagation=True, tokens=tokens)
+    prune_tiny(model, ap.wanda, block_aware=True, tokens=tokens)
     assert torch.equal(torch.get_rng_state(), random_state)
     model = make_model(kind)  # the probe is of the dense model
     block = eval_ppl.find_blocks(model)[1]
@@ -651,9 +642,11 @@ def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypa
     after = outputs.pop("")
     generator = torch.Generator().manual_seed(0)
     signs = torch.cat([torch.randint(2, row.shape, generator=generator) for row in after.split(1)])
-    assert probes[1][0].keys() == outputs.keys()
-    for name, output in outputs.items():
-        [g] = torch.autograd.grad(after, output, 2.0 * signs - 1, retain_graph=True)
+    closing = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "mixtral": None}[kind]
+    assert probes[1][1] == closing
+    assert probes[1][0].keys() == outputs.keys() - {closing}
+    for name in probes[1][0]:
+        [g] = torch.autograd.grad(after, outputs[name], 2.0 * signs - 1, retain_graph=True)
         s = g.double().square().flatten(0, -2).sum(0)
         expected = (s + s.mean()).sqrt()[:, None].float()
         torch.testing.assert_close(probes[1][0][name], expected, rtol=1e-3, atol=1e-6)
@@ -687,7 +680,7 @@ def test_the_layer_whose_output_the_block_adds_as_it_is(monkeypatch, kind, chang
     if change:
         change(model)
     probes = spy(monkeypatch, "probe_block")
-    results = prune_tiny(model, ap.wanda, error_propagation=True)
+    results = prune_tiny(model, ap.wanda, block_aware=True)
     assert [name for _, name in probes] == [closing] * len(eval_ppl.find_blocks(model))
     assert closing in (None, results[-1]["name"])
 
@@ -757,7 +750,7 @@ def test_architectures(kind):
         assert (gram - X.T @ X).norm() <= 1e-4 * (X.T @ X).norm(), name
 
     options = {"options": lambda block, name: {}}  # routers, too
-    results = prune_tiny(model, tokens=tokens, error_propagation=True, **options)
+    results = prune_tiny(model, tokens=tokens, block_aware=True, **options)
     zeros = defaultdict(int)  # by parameter; one may hold several experts
     for result in results:
         name = "{block}.{name}".format(**result)
@@ -775,8 +768,8 @@ def test_architectures(kind):
         assert id(p) in pruned or not is_stack, name
 
 
-@pytest.mark.parametrize("error_propagation", [False, True])
-def test_a_block_may_change_tensors_in_place(error_propagation):
+@pytest.mark.parametrize("block_aware", [False, True])
+def test_a_block_may_change_tensors_in_place(block_aware):
     def multiply_in_place(mlp, x):
         gate = mlp.gate_proj(x)
         product = mlp.up_proj(x)
@@ -791,17 +784,17 @@ def test_a_block_may_change_tensors_in_place(error_propagation):
     for layer in in_place.model.layers:
         layer.mlp.forward = partial(multiply_in_place, layer.mlp)
         layer.register_forward_hook(destroy_input)
-    own = prune_tiny(plain, error_propagation=error_propagation)
-    assert prune_tiny(in_place, error_propagation=error_propagation) == own
+    own = prune_tiny(plain, block_aware=block_aware)
+    assert prune_tiny(in_place, block_aware=block_aware) == own
     torch.testing.assert_close(in_place.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
 def test_what_a_caller_has_switched_on_changes_nothing():
     expected, model = make_model(), make_model()
-    results = prune_tiny(expected, error_propagation=True)
+    results = prune_tiny(expected, block_aware=True)
     tokens = make_tokens()
     with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        assert prune_tiny(model, error_propagation=True, tokens=tokens) == results
+        assert prune_tiny(model, block_aware=True, tokens=tokens) == results
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
@@ -897,9 +890,9 @@ def test_a_forward_may_replace_a_buffer(monkeypatch):
         self.register_buffer("inv_freq", self.inv_freq.clone(), persistent=False)
         return forward(self, *args, **kwargs)
 
-    expected = prune_tiny(make_model(), error_propagation=True)
+    expected = prune_tiny(make_model(), block_aware=True)
     monkeypatch.setattr(rotary, "forward", replace)
-    assert prune_tiny(make_model(), error_propagation=True) == expected
+    assert prune_tiny(make_model(), block_aware=True) == expected
 
 
 # --------------------------------------------------------------------------------------- refusals
@@ -932,10 +925,10 @@ def hand_on(model, share=0.01):  # what block 0 computes reaches block 2 past th
             ),
             "after block 0 differ by .* if it is called alone",
         ),
-        (lambda m: setattr(m.config, "quantization_config", {"bits": 4}), "quantised weights"),
-        (lambda m: setattr(m.config, "is_encoder_decoder", True), "the model has an encoder"),
-        (lambda m: setattr(m, "hf_device_map", {"a": 0, "b": "cpu"}), "loaded without device_map"),
-        (lambda m: m.model.layers[0].add_module("lora_A", nn.Linear(32, 2)), "LoRA adapters"),
+        (lambda m: setattr(m.config, "quantization_config", {"bits": 4}), "has quantised weights:"),
+        (lambda m: setattr(m.config, "is_encoder_decoder", True), "the model has an encoder:"),
+        (lambda m: setattr(m, "hf_device_map", {"a": 0, "b": "cpu"}), "lies on several devices:"),
+        (lambda m: m.model.layers[0].add_module("lora_A", nn.Linear(32, 2)), "has LoRA adapters:"),
         (lambda m: m.model.layers[1].mlp.up_proj.weight.data.fill_(math.nan), "1 differ by nan"),
     ],
 )
@@ -944,7 +937,7 @@ def test_what_cannot_be_pruned_is_refused_and_left_as_it_was(change, message):
     change(model)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
-        prune_tiny(model, tokens=make_tokens(count=1), error_propagation=True)
+        prune_tiny(model, tokens=make_tokens(count=1), block_aware=True)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -972,6 +965,7 @@ def test_what_goes_wrong_in_a_layer_names_it_and_keeps_its_type():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sums_over_tokens_are_in_tf32_for_models_of_16_bits(dtype, monkeypatch):
+    # A caller's own setting is kept.
     seen = []
     settings = torch.backends.cuda.matmul
 
@@ -980,33 +974,31 @@ def test_sums_over_tokens_are_in_tf32_for_models_of_16_bits(dtype, monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", fail)
-    product = ap.Product(False, torch.ones(1, 1, dtype=dtype), torch.ones(1, 1), None, None)
+    product = ap.Product(torch.ones(1, 1, dtype=dtype), torch.ones(1, 1), None)
     for before in ("ieee", "tf32", "none"):
         settings.fp32_precision = before
         with pytest.raises(torch.OutOfMemoryError):
             ap.Layer().add(product)
         assert settings.fp32_precision == before
-    assert seen == (["ieee", "tf32", "none"] if dtype == torch.float32 else ["tf32"] * 3)
+    assert seen == ["ieee", "tf32", "none" if dtype == torch.float32 else "tf32"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0.02), (torch.bfloat16, 0.25)])
-@pytest.mark.parametrize("error_propagation", [False, True])
+@pytest.mark.parametrize("block_aware", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_a_gpu_gives_what_the_cpu_gives(kind, error_propagation, dtype, tolerance):
+def test_a_gpu_gives_what_the_cpu_gives(kind, block_aware, dtype, tolerance):
     on_gpu = []  # the blocks that are there while a layer is pruned
 
     def prune(weight, gram):
         blocks = eval_ppl.find_blocks(models[-1])
         on_gpu.append(sum(next(block.parameters()).is_cuda for block in blocks))
-        return METHODS["admm-obs"](weight, gram)
+        return ap.prune_weight(weight, gram)
 
     models, results = [], []
     for device in ("cpu", "cuda"):
         models.append(make_model(kind).to(dtype))
-        results.append(
-            ap.prune_model(models[-1], make_tokens(40), prune, error_propagation, device)
-        )
+        results.append(ap.prune_model(models[-1], make_tokens(40), prune, block_aware, device))
         assert set(on_gpu[-len(results[0]) :]) == {int(device == "cuda")}
         assert {p.device.type for p in models[-1].parameters()} == {"cpu"}
     for host, gpu in zip(*results, strict=True):
@@ -1104,6 +1096,12 @@ def test_windows_of_wikitext2(tokenizer, monkeypatch):
         assert (train == row).all(1).any()
 
 
+def test_help_has_a_half_to_calibrate_and_a_half_to_evaluate():
+    halves = eval_ppl.read_text("help", "train"), eval_ppl.read_text("help", "test")
+    assert "".join(halves) == DOCS
+    assert abs(len(halves[0]) - len(halves[1])) <= 1
+
+
 def test_c4_gives_the_sequences_of_sparsegpt(tokenizer, monkeypatch):
     # Every third document is too short, and one has just as many tokens as a sequence.
     documents = [DOCS[i * 500 : i * 500 + (500 if i % 3 else 40)] for i in range(40)]
@@ -1158,31 +1156,9 @@ def test_the_defaults_are_those_of_published_runs(monkeypatch):
         with pytest.raises(SystemExit):
             main()
     common = {"model": "m", "seqlen": 2048, "bos": None, "device": None, "dtype": "auto"}
-    amount = {"sparsity": 0.5, "pattern": None, "method": "admm-grad", "error_propagation": False}
-    text = {"calibration": "c4", "nsamples": 128, "seed": 0, "save": None, "demo": False}
+    amount = {"sparsity": 0.5, "pattern": None, "method": "admm-grad", "block_aware": False}
+    text = {"calibration": "c4", "nsamples": 128, "seed": 0, "save": None}
     assert parsed == [common | amount | text, common | {"dataset": "wikitext2", "limit": None}]
-
-
-def test_the_demo_prunes_the_dense_model_by_each_method_and_tests_on_other_text(
-    folder, tokenizer, monkeypatch, capsys
-):
-    dense = eval_ppl.load_model(str(folder / "tiny")).float()
-    monkeypatch.setattr(eval_ppl, "load_tokenizer", lambda name, seqlen: (tokenizer, None))
-    monkeypatch.setattr(eval_ppl, "load_model", lambda name, dtype: copy.deepcopy(dense))
-    line = "admm_prune.py --demo --pattern 2:4 --nsamples 2 --seqlen 64 --device cpu".split()
-    monkeypatch.setattr(sys, "argv", line)
-    ap.main()
-    ids = eval_ppl.tokenize(tokenizer, DOCS)
-    calibration, test = (half[:128].view(2, 64) for half in ids.chunk(2))
-    expected = [own_perplexity(dense, test)]
-    for method in ("wanda", "sparsegpt", "admm-grad", "admm-obs"):
-        model = copy.deepcopy(dense)
-        prune = partial(METHODS[method], pattern=(2, 4))
-        prune_tiny(model, prune, method == "admm-obs", tokens=calibration)
-        expected.append(own_perplexity(model, test))
-    told = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[1:]]
-    assert told == pytest.approx(expected, abs=0.006)
-    assert len(set(told)) == 5
 
 
 def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
@@ -1228,7 +1204,7 @@ def test_each_sequence_begins_with_bos_for_gemma_or_if_asked_for(
     folder, tmp_path, monkeypatch, capsys, kind, flags, begins
 ):
     told = f"the tokenizer of {folder / 'tiny'} has no BOS token: use --no-bos"
-    assert run(monkeypatch, folder, "--bos") == f"admm_prune.py: {told}"
+    assert run(monkeypatch, folder, "--bos").startswith(f"admm_prune.py: {told}")
     monkeypatch.setitem(TINY, "vocab_size", 512)
     tokenizer = hf.AutoTokenizer.from_pretrained(folder / "tiny", bos_token="a")
     make_model(kind).save_pretrained(tmp_path / "model")
@@ -1377,11 +1353,11 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
 
 def test_a_killed_run_leaves_no_output_and_the_next_one_is_the_same(folder, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = ["--sparsity", 0.7, "--dtype", "float16", "--error-propagation", "--seed", 1]
+    options = ["--sparsity", 0.7, "--dtype", "float16", "--block-aware", "--seed", 1]
     assert run(monkeypatch, folder, *options, "--seed", 0, "--save", tmp_path / "seed 0") is None
     probes = spy(monkeypatch, "probe_block")
     assert run(monkeypatch, folder, *options, "--save", whole) is None
-    assert probes[0][1] == "mlp.down_proj"  # error propagation has reached the loop
+    assert probes[0][1] == "mlp.down_proj"  # --block-aware has reached the loop
     assert len({(tmp_path / f / "model.safetensors").read_bytes() for f in ("seed 0", whole)}) == 2
     program = (
         "import admm_prune, os, pathlib, signal\n"
@@ -1412,7 +1388,7 @@ def test_a_folder_that_appears_meanwhile_costs_no_result(folder, tmp_path, monke
     monkeypatch.setattr(ap, "prune_model", other_run)
     told = run(monkeypatch, folder, "--save", out)
     [unfinished] = tmp_path.glob("*.partial")
-    assert told.endswith(f"the pruned model is in {unfinished}")
+    assert f"; the pruned model is in {unfinished} (" in told
     assert hf.AutoModelForCausalLM.from_pretrained(unfinished).dtype == torch.bfloat16
     assert (unfinished / "pruning_report.json").exists()
 
@@ -1423,7 +1399,7 @@ def test_a_save_that_fails_leaves_nothing_behind(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(hf.PreTrainedTokenizerFast, "save_pretrained", fail)
     told = run(monkeypatch, folder, "--save", tmp_path / "out")
-    assert told == "admm_prune.py: no space left" and not list(tmp_path.iterdir())
+    assert told.startswith("admm_prune.py: no space left") and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------- end to end
@@ -1442,8 +1418,8 @@ def test_a_real_llama_loses_least_by_the_better_methods():
     dense = {name: value.clone() for name, value in model.model.layers.state_dict().items()}
     dense_states = last_states(model, tokens[3:])
     errors = []
-    for method, error_propagation in (
-        ("admm-obs", True),
+    for method, block_aware in (
+        ("admm-grad", True),
         ("admm-grad", False),
         ("sparsegpt", False),
         ("wanda", False),
@@ -1451,7 +1427,7 @@ def test_a_real_llama_loses_least_by_the_better_methods():
     ):
         model.model.layers.load_state_dict(dense)
         prune = partial(METHODS[method], sparsity=0.6)
-        prune_tiny(model, prune, error_propagation, tokens=tokens[:3])
+        prune_tiny(model, prune, block_aware, tokens=tokens[:3])
         states = last_states(model, tokens[3:])
         errors.append(ap.relative_difference(states, dense_states))
     assert errors == sorted(set(errors))
