@@ -6,7 +6,6 @@ the blocks with the models' own forward.
 import argparse
 import copy
 import importlib.util
-import inspect
 import json
 import math
 import pydoc_data.topics
@@ -20,7 +19,6 @@ import sys
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -216,7 +214,8 @@ def test_a_given_mask_converges_to_least_squares_on_the_support(damping):
 def admm_reference(
     W, X, sparsity, pattern, damping=0.1, rho=1, growing_steps=15, moving_steps=0, frozen_steps=6
 ):
-    # The algorithm in float64, with the unscaled dual Y = rho U and textbook formulas.
+    # The algorithm in float64, with the unscaled dual Y = rho U and textbook formulas. The defaults
+    # are those of the paper.
     X = X.double()
     norms = X.norm(dim=0)
     damping *= (norms > 0).double().mean()
@@ -265,32 +264,12 @@ def test_the_solver_is_admm_in_float64(
     W, X = make_layer()
     X[:, :never_active] = 0
     W = W.to(dtype)
-    ours = ap.prune_weight(W, X.T @ X, sparsity, pattern, **hyperparameters)
+    ours = METHODS["admm-grad"](W, X.T @ X, sparsity, pattern, **hyperparameters)
     reference = admm_reference(W, X, sparsity, pattern, **hyperparameters)
     assert ours.dtype == dtype
     assert ((ours == 0) == (reference == 0)).all()
     assert (ours.double() - reference).norm() < tolerance * reference.norm()
     assert not torch.signbit(ours[ours == 0]).any()
-
-
-def test_features_that_are_rarely_active_get_no_huge_weights():
-    # Behind a ReLU, whole groups hardly ever fire, but 2:4 keeps two weights of each. The error is
-    # that on other tokens than those for which the weights are optimised.
-    W, X = make_layer(columns=64, tokens=4000, seed=1)
-    X = F.relu(X - torch.linspace(-1, 5, 64) * X.std(dim=0))
-    gram, other = X[:2000].T @ X[:2000], X[2000:].T @ X[2000:]
-    ours, sparsegpt = (
-        ap.measure_error(W, prune(W, gram, pattern=(2, 4)), other)
-        for prune in (ap.prune_weight, ap.sparsegpt)
-    )
-    assert ours < sparsegpt
-
-
-def test_the_hyperparameters_are_those_of_the_paper():
-    names = ("damping", "rho", "growing_steps", "moving_steps", "frozen_steps")
-    defaults = inspect.signature(ap.prune_weight).parameters
-    assert [defaults[name].default for name in names] == [0.1, 1.0, 15, 0, 6]
-    assert METHODS["admm-grad"] is ap.prune_weight
 
 
 @pytest.mark.parametrize("method", ["admm-grad", "sparsegpt", "magnitude"])
@@ -435,7 +414,7 @@ def released(monkeypatch):
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "admm-grad"])
 def test_the_released_code_in_our_loop_gives_our_model(released, monkeypatch, method, amount, kind):
     # They have no floor of the norms. They cut numbers of zeros, which we round; without N:M,
-    # SparseGPT then adds one.
+    # SparseGPT then adds one. So the `round` that our module sees is replaced by what they do.
     monkeypatch.setattr(ap, "clamped_norms", lambda squares, floor: squares.sqrt() + 1e-8)
     one_more = method == "sparsegpt" and "sparsity" in amount
     monkeypatch.setattr(ap, "round", lambda number: int(number + 1e-6) + one_more, raising=False)
@@ -447,19 +426,13 @@ def test_the_released_code_in_our_loop_gives_our_model(released, monkeypatch, me
     prune_tiny(ours, partial(METHODS[method], **amount, **schedule))
     prune_tiny(theirs, partial(released[method], **amount))
     linears = find_linears(eval_ppl.find_blocks(theirs))
-    differing = entries = 0
     for name, linear in find_linears(eval_ppl.find_blocks(ours)).items():
         masks_differ = (linear.weight == 0) != (linears[name].weight == 0)
         if kind == "opt" and name.endswith("fc2"):
             masks_differ = masks_differ[:, 8:]  # what is never active is worth nothing
-        differing += int(masks_differ.sum())
-        entries += masks_differ.numel()
+        assert not masks_differ.any(), name
     states = [last_states(model, make_tokens(seed=2)) for model in (ours, theirs)]
-    difference = ap.relative_difference(*states)
-    print(
-        f"{differing} of {entries} entries of the masks and {difference:.1g} of the states differ"
-    )
-    assert differing == 0 and difference < 1e-3
+    assert ap.relative_difference(*states) < 1e-5
 
 
 # --------------------------------------------------------------------------- loop over the blocks
@@ -546,9 +519,9 @@ def test_the_loss_is_taken_in_float32_and_few_tokens_at_once():
     )
     for vocab_size, largest in ((96, 2**14), (2**17, 2**12)):  # 2^30 bytes of logits
         model.config.vocab_size = vocab_size
+        counts.clear()
         eval_ppl.perplexity(model, make_tokens(count=300, seqlen=64), CPU)
         assert max(counts) == counts[0] == largest
-        counts.clear()
 
 
 def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer):
@@ -592,45 +565,40 @@ def test_correction_is_half_of_a_ridge_regression():
 def test_rows_are_weighed_and_the_closing_layer_is_corrected_for_all_that_the_states_lack(
     monkeypatch,
 ):
-    # In float64, with the model's own forward: of block 2, once blocks 0 and 1 are pruned.
+    # Of block 2, once blocks 0 and 1 are pruned. The closing layer is compared with what float64
+    # and the model's own forward give.
     tokens = make_tokens(count=7, seqlen=60)
-    targets, returned = [], []
+    targets, returned = {}, {}
     probes = spy(monkeypatch, "probe_block")
 
-    def prune(weight, gram):
-        targets.append(weight.double())
-        returned.append(ap.prune_weight(weight, gram))
-        return returned[-1].clone()
+    def prune(weight, gram, name):
+        targets[name] = weight.clone()
+        returned[name] = ap.prune_weight(weight, gram)
+        return returned[name].clone()
 
     dense, pruned = make_model(), make_model()
-    results = prune_tiny(pruned, prune, tokens=tokens, block_aware=True)
-    all_but_closing = copy.deepcopy(pruned)
-    all_but_closing.model.layers[2].mlp.down_proj = dense.model.layers[2].mlp.down_proj
-    X = inputs_of_linears(all_but_closing, tokens)["2.mlp.down_proj"]
-    E = last_states(dense, tokens) - last_states(all_but_closing, tokens)
-    for result, target, pruned_rows in zip(results[14:], targets[14:], returned[14:], strict=True):
-        name = f"2.{result['name']}"
-        expected = dense.model.layers.get_submodule(name).weight.detach().double()
-        row_weights = 1.0
-        if name == "2.mlp.down_proj":
-            expected = ap.correct_weight(expected, X.T @ X, E.double().flatten(0, -2).T @ X)
-        else:
-            row_weights = probes[2][0][result["name"]]
-        torch.testing.assert_close(target, expected * row_weights, rtol=1e-4, atol=1e-5)
-        new = pruned.model.layers.get_submodule(name).weight.detach()
-        torch.testing.assert_close(new, pruned_rows / row_weights)
-    assert result["name"] == "mlp.down_proj"
+    results = prune_tiny(pruned, prune, True, tokens=tokens, options=lambda b, name: {"name": name})
+    assert results[-1]["name"] == "mlp.down_proj"
+    layers, pruned_layers = dense.model.layers[2], copy.deepcopy(pruned.model.layers[2])
+    for name, r in probes[2][0].items():
+        torch.testing.assert_close(targets[name], layers.get_submodule(name).weight * r)
+        torch.testing.assert_close(pruned_layers.get_submodule(name).weight, returned[name] / r)
+    down = layers.mlp.down_proj.weight.detach().double()
+    pruned.model.layers[2].mlp.down_proj = layers.mlp.down_proj
+    X = inputs_of_linears(pruned, tokens)["2.mlp.down_proj"]
+    E = (last_states(dense, tokens) - last_states(pruned, tokens)).double().flatten(0, -2)
+    change = ap.correct_weight(down, X.T @ X, E.T @ X) - down
+    assert (targets["mlp.down_proj"] - down - change).norm() < 1e-3 * change.norm()
+    assert torch.equal(pruned_layers.mlp.down_proj.weight, returned["mlp.down_proj"])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
 def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypatch, kind):
     model = make_model(kind)
     tokens = make_tokens(count=9)  # the probe takes 8 of them
-    random_state = torch.get_rng_state()
     probes = spy(monkeypatch, "probe_block")
     model.requires_grad_(False)  # as users of adapters have it
     prune_tiny(model, ap.wanda, block_aware=True, tokens=tokens)
-    assert torch.equal(torch.get_rng_state(), random_state)
     model = make_model(kind)  # the probe is of the dense model
     block = eval_ppl.find_blocks(model)[1]
     outputs = {}
@@ -642,14 +610,13 @@ def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypa
     after = outputs.pop("")
     generator = torch.Generator().manual_seed(0)
     signs = torch.cat([torch.randint(2, row.shape, generator=generator) for row in after.split(1)])
-    closing = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "mixtral": None}[kind]
-    assert probes[1][1] == closing
-    assert probes[1][0].keys() == outputs.keys() - {closing}
-    for name in probes[1][0]:
+    row_weights, closing_name = probes[1]
+    assert row_weights.keys() == outputs.keys() - {closing_name}
+    for name in row_weights:
         [g] = torch.autograd.grad(after, outputs[name], 2.0 * signs - 1, retain_graph=True)
         s = g.double().square().flatten(0, -2).sum(0)
         expected = (s + s.mean()).sqrt()[:, None].float()
-        torch.testing.assert_close(probes[1][0][name], expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(row_weights[name], expected, rtol=1e-3, atol=1e-6)
 
 
 def multiplier_behind(model):  # as in Granite, but closer to 1
@@ -862,37 +829,20 @@ def test_offloaded_blocks_are_put_back_after_their_forward_and_after_an_error():
     model = make_model()
     weight = model.model.layers[1].mlp.up_proj.weight
     on_host = weight.data_ptr()
-    seen = []
+    visits = []
 
     def visit(*_):
         weight.data = weight.data.clone()  # as a copy on the device
-        seen.append(weight.data_ptr())
+        visits.append(weight.data_ptr())
+        if len(visits) == 2:
+            raise KeyboardInterrupt
 
-    def fail(*_):
-        raise KeyboardInterrupt
-
+    model.model.layers[1].mlp.register_forward_pre_hook(visit)
     with pytest.raises(KeyboardInterrupt), eval_ppl.offload_blocks(model, CPU):
-        model.model.layers[1].register_forward_pre_hook(visit)
         model(make_tokens(), use_cache=False)
-        assert weight.data_ptr() == on_host not in seen
-        model.model.layers[1].register_forward_pre_hook(fail)
+        assert weight.data_ptr() == on_host not in visits
         model(make_tokens(), use_cache=False)
-    assert weight.data_ptr() == on_host not in seen
-    assert len(seen) == 2
-
-
-def test_a_forward_may_replace_a_buffer(monkeypatch):
-    # As longrope does in transformers 5.17 to 5.22.
-    rotary = hf.models.llama.modeling_llama.LlamaRotaryEmbedding
-    forward = rotary.forward
-
-    def replace(self, *args, **kwargs):
-        self.register_buffer("inv_freq", self.inv_freq.clone(), persistent=False)
-        return forward(self, *args, **kwargs)
-
-    expected = prune_tiny(make_model(), block_aware=True)
-    monkeypatch.setattr(rotary, "forward", replace)
-    assert prune_tiny(make_model(), block_aware=True) == expected
+    assert weight.data_ptr() == on_host not in visits
 
 
 # --------------------------------------------------------------------------------------- refusals
@@ -965,20 +915,19 @@ def test_what_goes_wrong_in_a_layer_names_it_and_keeps_its_type():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sums_over_tokens_are_in_tf32_for_models_of_16_bits(dtype, monkeypatch):
-    # A caller's own setting is kept.
+    # A setting of the caller's own is kept.
     seen = []
     settings = torch.backends.cuda.matmul
 
-    def fail(A, X):
+    def look(A, X):
         seen.append(settings.fp32_precision)
-        raise torch.OutOfMemoryError
+        return 0
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", fail)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", look)
     product = ap.Product(torch.ones(1, 1, dtype=dtype), torch.ones(1, 1), None)
     for before in ("ieee", "tf32", "none"):
         settings.fp32_precision = before
-        with pytest.raises(torch.OutOfMemoryError):
-            ap.Layer().add(product)
+        ap.Layer().add(product)
         assert settings.fp32_precision == before
     assert seen == ["ieee", "tf32", "none" if dtype == torch.float32 else "tf32"]
 
@@ -1145,20 +1094,18 @@ def run(monkeypatch, folder, *arguments):
 
 
 def test_the_defaults_are_those_of_published_runs(monkeypatch):
-    parse = argparse.ArgumentParser.parse_args
-    parsed = []
-    monkeypatch.setattr(
-        argparse.ArgumentParser,
-        "parse_args",
-        lambda cli: parsed.append(vars(parse(cli, ["--model", "m"]))) or sys.exit(),
-    )
+    parsed = spy(monkeypatch, "parse_args", argparse.ArgumentParser)
+    monkeypatch.setattr(sys, "argv", ["", "--model", "./missing"])
     for main in (ap.main, eval_ppl.main):
         with pytest.raises(SystemExit):
             main()
-    common = {"model": "m", "seqlen": 2048, "bos": None, "device": None, "dtype": "auto"}
+    common = {"model": "./missing", "seqlen": 2048, "bos": None, "device": None, "dtype": "auto"}
     amount = {"sparsity": 0.5, "pattern": None, "method": "admm-grad", "block_aware": False}
     text = {"calibration": "c4", "nsamples": 128, "seed": 0, "save": None}
-    assert parsed == [common | amount | text, common | {"dataset": "wikitext2", "limit": None}]
+    assert list(map(vars, parsed)) == [
+        common | amount | text,
+        common | {"dataset": "wikitext2", "limit": None},
+    ]
 
 
 def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
@@ -1181,15 +1128,6 @@ def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
         W = dense.get_submodule(name).weight
         assert torch.equal(linear.weight, torch.where(ap.select_mask(W, pattern=(2, 4)), W, 0))
 
-    text = str(folder / "test.txt")
-    windows = eval_ppl.evaluation_tokens(text, hf.AutoTokenizer.from_pretrained(out), 64)
-    out.rename("out.gguf")  # only a file is read as one
-    line = [sys.executable, HERE / "eval_ppl.py", "--model", "out.gguf", "--seqlen", "64"]
-    line += ["--dataset", text, "--device", "cpu"]
-    told = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    result = float(told.split("perplexity ")[1].split()[0])
-    assert result == pytest.approx(own_perplexity(model, windows), rel=1e-4)
-
 
 @pytest.mark.parametrize(
     "kind, flags, begins",
@@ -1210,18 +1148,18 @@ def test_each_sequence_begins_with_bos_for_gemma_or_if_asked_for(
     make_model(kind).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     tokens = spy(monkeypatch, "calibration_tokens")
-    arguments = ["--model", tmp_path / "model", "--save", tmp_path / "out", *flags]
-    assert run(monkeypatch, folder, *arguments) is None
+    out = tmp_path / "out.gguf"  # a folder is not read as a .gguf file
+    assert run(monkeypatch, folder, "--model", tmp_path / "model", "--save", out, *flags) is None
     assert f"(BOS in each: {begins})" in capsys.readouterr().out
     assert (tokens[0][:, 0] == tokenizer.bos_token_id).all() == begins
     source = str(folder / "test.txt")
-    line = ["", "--model", tmp_path / "out", "--dataset", source, "--seqlen", 64, "--device", "cpu"]
+    line = ["", "--model", out, "--dataset", source, "--seqlen", 64, "--device", "cpu"]
     line += flags
     monkeypatch.setattr(sys, "argv", list(map(str, line)))
     eval_ppl.main()
     windows = eval_ppl.evaluation_tokens(source, tokenizer, 64)
     windows[:, 0] = tokenizer.bos_token_id if begins else windows[:, 0]
-    own = own_perplexity(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), windows)
+    own = own_perplexity(hf.AutoModelForCausalLM.from_pretrained(out), windows)
     printed = capsys.readouterr().out
     assert f"(BOS in each: {begins})" in printed
     assert float(printed.split("perplexity ")[1].split()[0]) == pytest.approx(own, rel=1e-4)
@@ -1343,8 +1281,8 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
         (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / "full").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    usage = SimpleNamespace(free=1000 if "too large" in arguments else 10**9)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    free = argparse.Namespace(free=1000 if "too large" in arguments else 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     code = run(monkeypatch, folder, *arguments)
     # 2: argparse has told it
     assert code == sentence or re.fullmatch(f"admm_prune.py: .*{re.escape(sentence)}.*", code)
@@ -1378,14 +1316,13 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_is_the_same(folder, tmp_
 
 def test_a_folder_that_appears_meanwhile_costs_no_result(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    prune = ap.prune_model
+    save = hf.PreTrainedTokenizerFast.save_pretrained
 
     def other_run(*args):
-        out.mkdir()
-        (out / "model").touch()
-        return prune(*args)
+        (out / "model").mkdir(parents=True)
+        return save(*args)
 
-    monkeypatch.setattr(ap, "prune_model", other_run)
+    monkeypatch.setattr(hf.PreTrainedTokenizerFast, "save_pretrained", other_run)
     told = run(monkeypatch, folder, "--save", out)
     [unfinished] = tmp_path.glob("*.partial")
     assert f"; the pruned model is in {unfinished} (" in told
@@ -1426,8 +1363,7 @@ def test_a_real_llama_loses_least_by_the_better_methods():
         ("magnitude", False),
     ):
         model.model.layers.load_state_dict(dense)
-        prune = partial(METHODS[method], sparsity=0.6)
-        prune_tiny(model, prune, block_aware, tokens=tokens[:3])
+        prune_tiny(model, partial(METHODS[method], sparsity=0.6), block_aware, tokens=tokens[:3])
         states = last_states(model, tokens[3:])
         errors.append(ap.relative_difference(states, dense_states))
     assert errors == sorted(set(errors))
