@@ -17,10 +17,10 @@ than the default in all our measurements (README.md).
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
-loop over the decoder blocks, with `prune_layer`. All of this is the published
-algorithm, except for a floor of small norms in the solver, and the branches of `--block-aware`,
-which has a section of its own. Then come the machinery (how the inputs of layers are recorded, and
-blocks called one by one), the calibration text and the command line. eval_ppl.py measures
+loop over the decoder blocks, with `prune_layer`. Solver and loop are the published algorithm, but
+for a floor of small norms in the solver, and for what is said to be for block-aware pruning, which
+has a section of its own. Then come the machinery (how the inputs of layers are recorded, and blocks
+called one by one), the calibration text and the command line. eval_ppl.py measures
 perplexity, and has what both programs need, such as devices and loading.
 """
 
@@ -70,8 +70,8 @@ def prune_weight(
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and ADMM then only optimises the values of the kept entries.
-        damping: the diagonal of G grows by the factor 1 + damping * (share of features that are
-            ever active), since G may be singular.
+        damping: the squared norms of the features, which are the diagonal of G, are multiplied by
+            1 + damping * (share of features that are ever active).
         rho: penalty, for features that are scaled to norm 1.
         growing_steps: steps in which the share of zeros grows to its final value.
         moving_steps: further steps in which the mask is still selected anew.
@@ -79,24 +79,25 @@ def prune_weight(
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
     Raises: ValueError if an argument is invalid; torch.linalg.LinAlgError if a matrix to invert is
-        singular, which can happen with damping 0, or is not finite.
+        not finite, or is singular, which can happen if damping and rho are 0.
     """
     if mask is not None and mask.shape != weight.shape:
         raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
     selecting_steps = growing_steps + moving_steps
     if selecting_steps + frozen_steps < 1 or (mask is None and selecting_steps < 1):
-        raise ValueError("there must be a step, and without a mask, one that selects a mask")
+        raise ValueError("needed: at least one step, and without a mask, one that selects a mask")
     gram = gram.float()
-    # The authors scale G so that its diagonal is 1, or 0 for features that are never active. To it
-    # they add a share of its mean, and this mean is the share of features that are ever active.
-    active_share = float((gram.diagonal() > 0).float().mean())
     # Feature j is divided by its norm d_j, so that one rho suits all features. Column j of W is
     # multiplied by it, so that the outputs stay the same. The first mask ranks the entries of
     # W0 = W d by magnitude, which is Wanda's score.
+    #
     # The damping of a feature is a share of its own squared norm, and thus almost nothing for a
     # feature that is hardly ever active. N:M has to keep weights of such features, too, and these
     # weights could become huge. So no norm counts as less than 1 % of the mean. This floor is ours.
     d = clamped_norms(gram.diagonal(), floor=0.01)  # (in,)
+    # After the division, the diagonal of the authors' G is 1, or 0 for features that are never
+    # active. They add `damping` times its mean, which is the share of the active ones.
+    active_share = float((gram.diagonal() > 0).float().mean())
     A = gram.diagonal_scatter((1 + damping * active_share) * d**2)  # (in, in)
     A.div_(d).div_(d[:, None])  # in place, which saves a matrix of the size of G
     W0 = weight.float() * d  # (out, in)
@@ -225,7 +226,10 @@ def sparsegpt(
 def wanda(
     weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None
 ) -> Tensor:
-    """Keep the largest |W| ||x|| of each row, x being an input feature (Sun et al., ICLR 2024)."""
+    """Keep the largest |W| ||x|| of each row, or of each group of a pattern.
+
+    ||x|| is the norm of an input feature (Sun et al., ICLR 2024, arXiv 2306.11695).
+    """
     if pattern is None:  # each row is one group, of which at least one entry is kept
         in_features = weight.shape[1]
         pattern = (max(in_features - round(sparsity * in_features), 1), in_features)
@@ -268,20 +272,21 @@ class Layer:
     weight: Tensor | None = None  # set by `add`: view of W in the model, (out, in)
     num_tokens: int = 0
     gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
-    # For block-aware pruning only:
+    # To be skipped at first. These two are for block-aware pruning (`prune_block_aware`).
     row_weights: Tensor | float = 1.0  # r, (out_features, 1) float32; 1.0: none
-    EtX: Tensor | float = 0.0  # E^T X, (out_features, in_features) float32; E as in `add`
+    EtX: Tensor | float = 0.0  # E^T X, (out_features, in_features) float32; 0.0: none
 
     def add(self, product: "Product", E: Tensor | None = None) -> None:
-        """Add the inputs X of a product X W^T to the sums.
+        """Add the inputs X of a product X W^T to the sums, and for a closing layer, E^T X.
 
-        E, (tokens, out_features) float32, is for a closing layer: what its outputs are to add.
+        E, (tokens, hidden_size) float32, is what the hidden states after the block lack.
         """
         self.weight = product.weight
         self.num_tokens += len(product.X)
         # If the model has 16 bits, a GPU multiplies in TF32, which an A100 does eight times as fast
         # as in float32. X is exact in TF32, and products are added in float32. E is rounded to 11
-        # bits, but the hidden states that it comes from have no more.
+        # bits, but the hidden states that it comes from have no more. None stands for the setting
+        # of the caller.
         with torch.backends.flags("tf32" if product.weight.element_size() == 2 else None):
             self.gram += product.X.T @ product.X
             if E is not None:
@@ -298,8 +303,8 @@ def leave_routers_dense(block: int, name: str) -> dict | None:
     return {} if routers.isdisjoint(name.split(".")) else None
 
 
-# The four lines undo what a caller may have switched on. Autocast would compute in 16 bits, and
-# inference mode would deny `probe_block` its gradients.
+# What the code relies on, whatever its caller has switched on. Autocast would compute in 16 bits,
+# and inference mode would deny `probe_block` its gradients.
 @torch.inference_mode(False)
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
@@ -313,7 +318,7 @@ def prune_model(
 
     Each block is pruned for the inputs that it gets once the blocks before it are pruned. The
     embeddings and the LM head stay dense. So do routers, experts that no token reaches, and weights
-    that never enter a plain matrix product X W^T, such as the convolutions of Mamba.
+    that never enter a plain matrix product X W^T, such as Mamba's convolutions and `dt_proj`.
 
         prune_model(model, tokens, partial(sparsegpt, sparsity=0.6))
 
@@ -329,7 +334,7 @@ def prune_model(
         block_aware: whether to look at the hidden states after a block when its layers are pruned.
             Then the rows of each weight are weighed by how far they move these states
             (`probe_block`), and the last layer of the block makes up for what the states lack
-            (`correct_weight`). The experts of mixtures are pruned as before.
+            (`correct_weight`). The stacked experts of mixtures are pruned as without.
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: for methods that depend on the layer. options(block, name) gets the number of a
             block and the name of a layer in it, such as "mlp.down_proj". It returns further keyword
@@ -338,8 +343,9 @@ def prune_model(
 
     Returns: a dict for each pruned layer, in the order in which they were pruned. It has the number
         of the "block", the "name" of the layer in the block, its "shape", (out_features,
-        in_features), its "sparsity" (share of zeros), its "error" (`measure_error`), and
-        "num_tokens", the number of calibration tokens that reached it.
+        in_features), its "sparsity" (share of zeros), its "error" (`measure_error`, compared with
+        the dense weight; that of a closing layer includes the correction), and "num_tokens", the
+        number of calibration tokens that reached it.
     Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned.
         Errors of a method pass through. A note names the layer.
     """
@@ -427,13 +433,14 @@ def prune_layer(layer: Layer, prune: Callable) -> dict:
     """
     if not layer.gram.isfinite().all():
         raise ValueError("the inputs are NaN or infinite")
-    # The method gets a copy, contiguous also where the model has the weight transposed.
-    weighed = (layer.weight.float() * layer.row_weights).contiguous()
-    pruned = prune(weighed, layer.gram)
-    if pruned.shape != weighed.shape or not pruned.is_floating_point():
+    # The method gets a copy, contiguous also where the model has the weight transposed. Without row
+    # weights, it is divided and multiplied by 1.
+    scaled = (layer.weight.float() * layer.row_weights).contiguous()
+    pruned = prune(scaled, layer.gram)
+    if pruned.shape != scaled.shape or not pruned.is_floating_point():
         raise ValueError(
             f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
-            f"but the weight is {tuple(weighed.shape)} {weighed.dtype}"
+            f"but the weight is {tuple(scaled.shape)} {scaled.dtype}"
         )
     pruned = (pruned / layer.row_weights).to(layer.weight.dtype)
     if not pruned.isfinite().all():
@@ -472,8 +479,8 @@ def prune_block_aware(
     dense_after = [to_host(call(before)[0]) for before in dense_states]
 
     layers = collect_layers(call, states, leave_out=closing_name)
-    for name, r in row_weights.items():
-        layers[name].row_weights = r
+    for name, layer in layers.items():
+        layer.row_weights = row_weights.get(name, 1.0)
     results = prune_layers(call.index, layers, prune, options)
 
     if closing_name is not None:
@@ -502,7 +509,8 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
         W + 1/2 E^T X (G + D)^-1
 
     D is the diagonal matrix of the squared feature norms, each norm being at least a tenth of the
-    mean norm, since the weights of rarely active features would otherwise become huge.
+    mean norm, since the weights of rarely active features would otherwise become huge. D and the
+    half keep the correction from fitting the calibration tokens too closely.
 
     QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al., ICML 2025) correct
     all layers like this, for quantisation.
@@ -529,13 +537,15 @@ def probe_block(
 
     which says how far an error at y moves the hidden states after the block.
 
-    For the row weights r, (out_features, 1), let s_i be the sum of g^2 over the tokens at output i:
+    For the row weights r, (out_features, 1), let s_i be the sum of g^2 at output i over the tokens
+    of all sequences of the probe:
 
         r_i^2 = s_i + mean(s).
 
     The mean draws r towards equal weights, since s is noisy. A method gets r W in place of W, and
     its result is divided by r. For a given mask, this changes nothing. But in a ranking over the
-    whole matrix, rows that matter more keep more entries.
+    whole matrix, rows that matter more keep more entries. (Rankings within a row, as Wanda's, or
+    within a group of a pattern stay the same.)
 
     The closing layer adds its output to the hidden states as it is, so that the gradient there is
     equal to the signs. It is the last layer for which this is true, and needs no row weights, since
@@ -543,7 +553,7 @@ def probe_block(
     a norm stands behind the last layer.
 
     `dense_states` are the hidden states of the dense model before the block. The first 8 of them
-    are used. Experts have no row weights, since they get only some of the tokens.
+    are used. Stacked experts have no row weights, since they get only some of the tokens.
     """
     sums = defaultdict(float)  # name -> s, (out_features,)
     closing_name = None
@@ -555,17 +565,17 @@ def probe_block(
             after, products = call(before)
         edges = {name: p.edge for name, p in products.items() if p.edge is not None}
         bits = torch.randint(2, after.shape, generator=generator, dtype=torch.int8, device="cpu")
-        signs = 2 * bits.to(after.device).float() - 1
+        signs = (2 * bits - 1).to(after)  # 1 and -1 are exact in each dtype
         # `before` is added since autograd refuses an empty list, as of a block with experts only.
         *gradients, _ = torch.autograd.grad(
-            after, [*edges.values(), before], signs.to(after.dtype), allow_unused=True
+            after, [*edges.values(), before], signs, allow_unused=True
         )
         for name, gradient in zip(edges, gradients, strict=True):
             if gradient is not None:
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[name] += g.square().sum(0)
-                if torch.equal(g, signs[0]):  # [0]: of the one sequence
-                    closing_name = name  # the last one stays
+                if torch.equal(g, signs[0].float()):  # [0]: there is one sequence
+                    closing_name = name  # the last such layer stays, the same in each sequence
     row_weights = {
         name: (s + s.mean()).sqrt()[:, None]
         for name, s in sums.items()
@@ -583,8 +593,8 @@ class Product:
 
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # With this, autograd gives the gradient at the product. None: there is no gradient, or the
-    # layer is an expert of a mixture, which gets only some of the tokens.
+    # With this, autograd gives the gradient at the product, even if the block then changes it in
+    # place. None: there is no gradient, or the layer is one of stacked experts.
     edge: GradientEdge | None
 
 
@@ -640,6 +650,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
             # Llama 4 multiplies all experts of a stack at once: x is (experts, tokens, in_features)
             # and weight is (experts, out_features, in_features). Each expert has a row for every
             # token, which is zero if the token goes elsewhere. So each expert is added by itself.
+            # (Of the output, experts need nothing.)
             for x_of_expert, matrix in zip(x, weight, strict=True):
                 self.add(x_of_expert[x_of_expert.any(-1)], matrix, output)
             return
@@ -728,7 +739,7 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
     own_after = []  # the model's own hidden states after each of these calls
 
     def keep(block, args, kwargs, output):
-        calls.append(BlockCall(len(calls), block, args[1:], kwargs))
+        calls.append(BlockCall(len(calls), block, args[1:], kwargs))  # right for the first sequence
         own_after.append(to_host(states_of(output)))
 
     with eval_ppl.offload_blocks(model, device), ExitStack() as hooks:
@@ -742,21 +753,21 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
     before = embed(model, two_sequences, device)  # of both sequences
     # On a CPU, the difference is 0. The tolerance is for other orders of sums, as on a GPU.
     tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    for call, *own in zip(
+    for call, own_first, own_second in zip(
         tqdm(calls[:count], "checking blocks"), own_after[:count], own_after[count:], strict=True
     ):
         # Both sequences go through a block before the next block, as they do in pruning. If a block
         # hands on anything but the hidden states, the sequences are mixed, and the check fails.
         with eval_ppl.moved(eval_ppl.tensors_of(call.block), device):
             after = torch.cat([call(states)[0].cpu() for states in before])
-        difference = relative_difference(after, torch.cat(own))
+        difference = relative_difference(after, torch.cat([own_first, own_second]))
         if not difference <= tolerance:  # also true for NaN
             raise ValueError(
                 "the model cannot be pruned block by block: the hidden states after block "
                 f"{call.index} differ by {difference:.2g} if it is called alone (nan: its "
                 "weights or states are not finite)"
             )
-        before = own
+        before = [own_first, own_second]
     return calls[:count]
 
 

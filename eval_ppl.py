@@ -45,7 +45,7 @@ def perplexity(
     check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
-    # Bytes. For devices without CUDA, 8 GiB are assumed. (On a CPU, nothing is moved.)
+    # Free memory in bytes. Without CUDA, 8 GiB are assumed. (On a CPU, nothing is moved.)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
     fits = sum(tensor.nbytes for tensor in tensors_of(model)) <= free / 2
     model_on_device = moved(tensors_of(model), device) if fits else offload_blocks(model, device)
@@ -62,7 +62,9 @@ def perplexity(
                 nn.functional.cross_entropy(predicted[:-1].float(), window[1:])
                 for window, predicted in zip(windows, logits, strict=True)
             ]
-    return float(torch.stack(losses).cpu().double().mean().exp())  # MPS has no float64
+    # All windows are of one length, so that a mean of their means is that of all tokens. MPS has no
+    # float64.
+    return float(torch.stack(losses).cpu().double().mean().exp())
 
 
 # ------------------------------------------------------------------------- blocks and devices
@@ -111,7 +113,7 @@ def offload_blocks(model: PreTrainedModel, device: torch.device):
     blocks = find_blocks(model)
     others = set(tensors_of(model)) - set(tensors_of(blocks))  # tensors are hashed by identity
     with moved(others, device), ExitStack() as visit, ExitStack() as hooks:
-        # `visit` holds the block that is on the device. It is empty again once it is closed.
+        # `visit` holds the block that is on the device. Once closed, it is empty, for the next one.
         def arrive(block, args):
             visit.enter_context(moved(tensors_of(block), device))
 
@@ -126,7 +128,7 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=name).device  # with its index, such as cuda:0 for "cuda"
     except (AssertionError, RuntimeError) as error:  # it depends on how PyTorch was built
         raise ValueError(f"device {name} cannot be used: {error}") from error
 
@@ -322,7 +324,7 @@ def main() -> None:
         if args.dtype == "auto" and device.type == "cpu":
             model.float()  # a CPU is slow in 16 bits
         print(
-            f"perplexity {perplexity(model, windows, device):.3f} on {args.dataset}:",
+            f"{args.model}: perplexity {perplexity(model, windows, device):.3f} on {args.dataset},",
             f"{len(windows)} windows of {args.seqlen} tokens (BOS in each: {bos is not None})",
         )
 

@@ -291,8 +291,8 @@ def test_the_largest_n_of_each_m_survive(n, m):
         pruned = METHODS[method](W, X.T @ X, 0.9, (n, m))
         assert torch.equal(pruned, W * reference_mask(scores, 0, (n, m)))
     for method in METHODS:
-        pruned = METHODS[method](W, X.T @ X, 0.9, (n, m))
-        assert ((pruned.view(12, -1, m) != 0).sum(-1) == n).all()
+        pruned = METHODS[method](nn.Parameter(W), X.T @ X, 0.9, (n, m))
+        assert ((pruned.view(12, -1, m) != 0).sum(-1) == n).all() and not pruned.requires_grad
 
 
 @pytest.mark.parametrize(
