@@ -10,10 +10,10 @@ For each linear layer with weight W and calibration inputs X, we look for a spar
 
 The default is the algorithm of "Fast and Effective Weight Update for Pruned Large Language Models"
 (Vladimír Boža, TMLR 2024, arXiv 2401.02938): ADMM with a gradual mask, which the paper calls
-ADMM-Grad. `--block-aware` is our extension, and works with any method. It looks at the hidden
-states after the block: it weighs the rows of each weight by how far they move these states, and
-lets the last layer of the block make up for all that the states lack. It had lower perplexities
-than the default in all our measurements (README.md).
+ADMM-Grad. `--block-aware` is our extension, for any method. It looks at the hidden states after the
+block: it weighs the rows of each weight by how far they move these states, and lets the layer that
+closes the block make up for a part of what the states lack. It had lower perplexities than the
+default in all our measurements (README.md).
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
@@ -192,7 +192,8 @@ def sparsegpt(
     Columns are pruned from left to right, and the columns further right adapt to each error. As in
     the released code, 1 % of the mean diagonal is added to the diagonal of the Gram matrix, the
     mask is selected for 128 columns at a time, or for one group of a pattern, and features that
-    were never active lose all their weights, even beyond the sparsity asked for.
+    were never active lose all their weights, even beyond the sparsity asked for. (There, these
+    features count as 1 in the mean, and here as 0.)
     """
     select_mask(weight, sparsity, pattern)  # an invalid amount is refused before the work starts
     W = weight.float().clone()  # (out, in)
@@ -283,10 +284,10 @@ class Layer:
         """
         self.weight = product.weight
         self.num_tokens += len(product.X)
-        # If the model has 16 bits, a GPU multiplies in TF32, which an A100 does eight times as fast
+        # If the model has 16 bits, TF32 is allowed, in which an A100 multiplies eight times as fast
         # as in float32. X is exact in TF32, and products are added in float32. E is rounded to 11
-        # bits, but the hidden states that it comes from have no more. None stands for the setting
-        # of the caller.
+        # bits, but the hidden states that it comes from have no more. None changes nothing, and
+        # neither does "tf32" if the caller has set the precision of CUDA's products.
         with torch.backends.flags("tf32" if product.weight.element_size() == 2 else None):
             self.gram += product.X.T @ product.X
             if E is not None:
@@ -331,10 +332,12 @@ def prune_model(
             (out_features, in_features), and the Gram matrix of its inputs, (in_features,
             in_features), both float32, and returns the pruned weight. It may change the weight in
             place, but not the Gram matrix.
-        block_aware: whether to look at the hidden states after a block when its layers are pruned.
-            Then the rows of each weight are weighed by how far they move these states
-            (`probe_block`), and the last layer of the block makes up for what the states lack
-            (`correct_weight`). The stacked experts of mixtures are pruned as without.
+        block_aware: whether to look at the hidden states after a block when its layers are pruned
+            (`prune_block_aware`). Then the rows of each weight are weighed by how far they move
+            these states, which does nothing for methods that rank within rows, such as Wanda. And
+            the closing layer of the block is corrected for what the states lack. LLaMA, Qwen, OPT
+            and most other models have a closing layer; Gemma and Mixtral have none. For the stacked
+            experts of mixtures, nothing changes.
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: for methods that depend on the layer. options(block, name) gets the number of a
             block and the name of a layer in it, such as "mlp.down_proj". It returns further keyword
@@ -371,7 +374,7 @@ def prune_model(
     calls = checked_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = embed(model, tokens, device)
-    dense_states = states  # those in the dense model; only block-aware pruning needs them
+    dense_states = states if block_aware else None  # those in the dense model
     results = []
     for call in tqdm(calls, "pruning blocks"):
         call.block.to(device)
@@ -403,8 +406,8 @@ def collect_layers(
     for before in states:
         _, products = call(before)
         products.pop(leave_out, None)
-        for name, product in products.items():
-            layers[name].add(product)
+        for name in list(products):
+            layers[name].add(products.pop(name))  # pop frees the copy of X
     return layers
 
 
@@ -433,8 +436,8 @@ def prune_layer(layer: Layer, prune: Callable) -> dict:
     """
     if not layer.gram.isfinite().all():
         raise ValueError("the inputs are NaN or infinite")
-    # The method gets a copy, contiguous also where the model has the weight transposed. Without row
-    # weights, it is divided and multiplied by 1.
+    # The method gets a copy, contiguous also where the model has the weight transposed. Its row
+    # weights are 1.0 unless block-aware.
     scaled = (layer.weight.float() * layer.row_weights).contiguous()
     pruned = prune(scaled, layer.gram)
     if pruned.shape != scaled.shape or not pruned.is_floating_point():
@@ -479,8 +482,8 @@ def prune_block_aware(
     dense_after = [to_host(call(before)[0]) for before in dense_states]
 
     layers = collect_layers(call, states, leave_out=closing_name)
-    for name, layer in layers.items():
-        layer.row_weights = row_weights.get(name, 1.0)
+    for name in layers:
+        layers[name].row_weights = row_weights.get(name, 1.0)
     results = prune_layers(call.index, layers, prune, options)
 
     if closing_name is not None:
@@ -492,8 +495,7 @@ def prune_block_aware(
             products.clear()  # frees the copies of all X
 
         def prune_corrected(weight: Tensor, gram: Tensor, **arguments) -> Tensor:
-            corrected = correct_weight(weight, gram, closing_layer.EtX)
-            return prune(corrected, gram, **arguments)
+            return prune(correct_weight(weight, gram, closing_layer.EtX), gram, **arguments)
 
         results += prune_layers(call.index, {closing_name: closing_layer}, prune_corrected, options)
     return results, dense_after
@@ -544,8 +546,8 @@ def probe_block(
 
     The mean draws r towards equal weights, since s is noisy. A method gets r W in place of W, and
     its result is divided by r. For a given mask, this changes nothing. But in a ranking over the
-    whole matrix, rows that matter more keep more entries. (Rankings within a row, as Wanda's, or
-    within a group of a pattern stay the same.)
+    whole matrix, rows that matter more keep more entries. (Rankings within a row, as Wanda's, stay
+    the same. With a pattern, only the gradual mask of ADMM ranks over the whole matrix.)
 
     The closing layer adds its output to the hidden states as it is, so that the gradient there is
     equal to the signs. It is the last layer for which this is true, and needs no row weights, since
@@ -564,6 +566,7 @@ def probe_block(
         with torch.enable_grad():
             after, products = call(before)
         edges = {name: p.edge for name, p in products.items() if p.edge is not None}
+        products.clear()  # frees the copies of all X before the backward pass
         bits = torch.randint(2, after.shape, generator=generator, dtype=torch.int8, device="cpu")
         signs = (2 * bits - 1).to(after)  # 1 and -1 are exact in each dtype
         # `before` is added since autograd refuses an empty list, as of a block with experts only.
@@ -575,7 +578,7 @@ def probe_block(
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[name] += g.square().sum(0)
                 if torch.equal(g, signs[0].float()):  # [0]: there is one sequence
-                    closing_name = name  # the last such layer stays, the same in each sequence
+                    closing_name = name  # the last such layer stays
     row_weights = {
         name: (s + s.mean()).sqrt()[:, None]
         for name, s in sums.items()
@@ -735,11 +738,11 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
     blocks = list(eval_ppl.find_blocks(model))
     # The last sequence is reversed, so that it differs from the first even if it is the only one.
     two_sequences = torch.cat([tokens[:1], tokens[-1:].flip(1)])
-    calls = []  # of all blocks for the first sequence, then of all for the second
+    calls = []  # of all blocks for the first sequence, then of all for the second, not used further
     own_after = []  # the model's own hidden states after each of these calls
 
     def keep(block, args, kwargs, output):
-        calls.append(BlockCall(len(calls), block, args[1:], kwargs))  # right for the first sequence
+        calls.append(BlockCall(len(calls), block, args[1:], kwargs))
         own_after.append(to_host(states_of(output)))
 
     with eval_ppl.offload_blocks(model, device), ExitStack() as hooks:
@@ -749,12 +752,12 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
             model(ids.to(device), use_cache=False)
     if [call.block for call in calls] != blocks + blocks:
         raise ValueError(f"the model does not call its {len(blocks)} blocks one after the other")
-    count = len(blocks)
-    before = embed(model, two_sequences, device)  # of both sequences
+    calls = calls[: len(blocks)]
+    before = embed(model, two_sequences, device)
     # On a CPU, the difference is 0. The tolerance is for other orders of sums, as on a GPU.
-    tolerance = 1e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    tolerance = 5e-3 if model.dtype in (torch.float16, torch.bfloat16) else 5e-5
     for call, own_first, own_second in zip(
-        tqdm(calls[:count], "checking blocks"), own_after[:count], own_after[count:], strict=True
+        tqdm(calls, "checking blocks"), own_after, own_after[len(blocks) :], strict=False
     ):
         # Both sequences go through a block before the next block, as they do in pruning. If a block
         # hands on anything but the hidden states, the sequences are mixed, and the check fails.
@@ -768,7 +771,7 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
                 "weights or states are not finite)"
             )
         before = [own_first, own_second]
-    return calls[:count]
+    return calls
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
