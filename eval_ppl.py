@@ -49,7 +49,7 @@ def perplexity(
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
     fits = sum(tensor.nbytes for tensor in tensors_of(model)) <= free / 2
     model_on_device = moved(tensors_of(model), device) if fits else offload_blocks(model, device)
-    # More windows at once need fewer passes over the blocks. The logits get an eighth of the memory,
+    # More windows at once need fewer passes over the blocks. Logits get an eighth of the memory,
     # at 2 bytes for each entry of the vocabulary, and so a quarter in float32. The bound of 2^14
     # tokens is for what the blocks compute.
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
