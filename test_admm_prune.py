@@ -758,9 +758,9 @@ def test_a_block_may_change_tensors_in_place(block_aware):
 
 def test_what_a_caller_has_switched_on_changes_nothing():
     expected, model = make_model(), make_model()
+    random_state = torch.get_rng_state()
     results = prune_tiny(expected, block_aware=True)
     tokens = make_tokens()
-    random_state = torch.get_rng_state()
     with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         assert prune_tiny(model, block_aware=True, tokens=tokens) == results
     assert torch.equal(torch.get_rng_state(), random_state)
