@@ -18,9 +18,9 @@ default in all our measurements (README.md).
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
 loop over the decoder blocks, with `prune_layer`. Solver and loop are the published algorithm, but
-for a floor of small norms in the solver, and for what is said to be for block-aware pruning, which
-has a section of its own. Then come the machinery (how the inputs of layers are recorded, and blocks
-called one by one), the calibration text and the command line. eval_ppl.py measures
+for a floor of small norms in the solver, and for lines that are marked as block-aware. Block-aware
+pruning has a section of its own. Then come the machinery (how the inputs of layers are recorded,
+and blocks called one by one), the calibration text and the command line. eval_ppl.py measures
 perplexity, and has what both programs need, such as devices and loading.
 """
 
@@ -69,9 +69,9 @@ def prune_weight(
             of the whole matrix; rows may have different numbers of zeros.
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
-            kept. It overrides both, and ADMM then only optimises the values of the kept entries.
+            kept. It overrides both, and all steps then only optimise the values of these entries.
         damping: the squared norms of the features, which are the diagonal of G, are multiplied by
-            1 + damping * (share of features that are ever active).
+            1 + damping * (share of features that are ever active), after small norms are raised.
         rho: penalty, for features that are scaled to norm 1.
         growing_steps: steps in which the share of zeros grows to its final value.
         moving_steps: further steps in which the mask is still selected anew.
@@ -96,7 +96,8 @@ def prune_weight(
     # weights could become huge. So no norm counts as less than 1 % of the mean. This floor is ours.
     d = clamped_norms(gram.diagonal(), floor=0.01)  # (in,)
     # After the division, the diagonal of the authors' G is 1, or 0 for features that are never
-    # active. They add `damping` times its mean, which is the share of the active ones.
+    # active. They add `damping` times its mean, which is the share of the active ones. (Here, it is
+    # 1 for inactive features, too, because of the floor.)
     active_share = float((gram.diagonal() > 0).float().mean())
     A = gram.diagonal_scatter((1 + damping * active_share) * d**2)  # (in, in)
     A.div_(d).div_(d[:, None])  # in place, which saves a matrix of the size of G
@@ -284,10 +285,10 @@ class Layer:
         """
         self.weight = product.weight
         self.num_tokens += len(product.X)
-        # If the model has 16 bits, TF32 is allowed, in which an A100 multiplies eight times as fast
-        # as in float32. X is exact in TF32, and products are added in float32. E is rounded to 11
-        # bits, but the hidden states that it comes from have no more. None changes nothing, and
-        # neither does "tf32" if the caller has set the precision of CUDA's products.
+        # If the model has 16 bits, these products may be in TF32, in which an A100 is eight times
+        # as fast as in float32. X then has numbers of 16 bits, which are exact in TF32, and E is
+        # the difference of such numbers. The sums are in float32. `flags` puts the precision back;
+        # a precision that the caller has set for CUDA's products stays, and with None any.
         with torch.backends.flags("tf32" if product.weight.element_size() == 2 else None):
             self.gram += product.X.T @ product.X
             if E is not None:
@@ -298,14 +299,14 @@ def leave_routers_dense(block: int, name: str) -> dict | None:
     """Return None for the router of a mixture of experts, and {} for other layers.
 
     This is the default of `options` in `prune_model`. Common practice leaves routers dense: they
-    are small, and they choose the experts.
+    are small, and they choose the experts. It treats all blocks alike.
     """
     routers = {"router", "gate", "shared_expert_gate", "router_gate"}
     return {} if routers.isdisjoint(name.split(".")) else None
 
 
-# What the code relies on, whatever its caller has switched on. Autocast would compute in 16 bits,
-# and inference mode would deny `probe_block` its gradients.
+# These decorators undo what a caller may have switched on. Autocast would compute in 16 bits, and
+# inference mode would deny `probe_block` its gradients.
 @torch.inference_mode(False)
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
@@ -317,9 +318,10 @@ def prune_model(
 ) -> list[dict]:  # fmt: skip
     """Prune the linear layers inside the decoder blocks of a causal LM, in place.
 
-    Each block is pruned for the inputs that it gets once the blocks before it are pruned. The
-    embeddings and the LM head stay dense. So do routers, experts that no token reaches, and weights
-    that never enter a plain matrix product X W^T, such as Mamba's convolutions and `dt_proj`.
+    The layers of a block are pruned for the inputs that they have once the blocks before it are
+    pruned, while their own block is still dense. The embeddings and the LM head stay dense. So do
+    routers, experts that no token reaches, and weights that do not enter a matrix product X W^T as
+    a whole, such as Mamba's convolutions and `dt_proj`, and DBRX's experts.
 
         prune_model(model, tokens, partial(sparsegpt, sparsity=0.6))
 
@@ -335,9 +337,9 @@ def prune_model(
         block_aware: whether to look at the hidden states after a block when its layers are pruned
             (`prune_block_aware`). Then the rows of each weight are weighed by how far they move
             these states, which does nothing for methods that rank within rows, such as Wanda. And
-            the closing layer of the block is corrected for what the states lack. LLaMA, Qwen, OPT
-            and most other models have a closing layer; Gemma and Mixtral have none. For the stacked
-            experts of mixtures, nothing changes.
+            the closing layer of the block is corrected for what the states lack. LLaMA, dense Qwen
+            and OPT have a closing layer. Models with a norm or a multiplier behind the last layer,
+            such as Gemma, and most mixtures have none. For stacked experts, nothing changes.
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: for methods that depend on the layer. options(block, name) gets the number of a
             block and the name of a layer in it, such as "mlp.down_proj". It returns further keyword
@@ -400,7 +402,7 @@ def collect_layers(
     """Return the layers of a block, by name, with the Gram matrices of their inputs.
 
     `states` are the hidden states of each sequence before the block. `leave_out` is the name of a
-    layer that is not wanted.
+    layer that is not wanted; None: there is none.
     """
     layers = defaultdict(Layer)
     for before in states:
@@ -436,8 +438,8 @@ def prune_layer(layer: Layer, prune: Callable) -> dict:
     """
     if not layer.gram.isfinite().all():
         raise ValueError("the inputs are NaN or infinite")
-    # The method gets a copy, contiguous also where the model has the weight transposed. Its row
-    # weights are 1.0 unless block-aware.
+    # The product is a copy for the method, contiguous also where the model has the weight
+    # transposed. The row weights are 1.0 unless block-aware.
     scaled = (layer.weight.float() * layer.row_weights).contiguous()
     pruned = prune(scaled, layer.gram)
     if pruned.shape != scaled.shape or not pruned.is_floating_point():
@@ -470,8 +472,9 @@ def prune_block_aware(
     The *closing layer* of a block is the layer whose output the block adds, unchanged, to the
     hidden states at its end, "mlp.down_proj" in a LLaMA. The other layers are pruned first, with
     their rows weighed by how far these move the hidden states after the block (`probe_block`). Then
-    the closing layer is corrected for all that the hidden states lack, compared with the dense
-    model (`correct_weight`), and pruned. If there is no closing layer, all layers are weighed.
+    the closing layer is corrected for what the hidden states lack by then, compared with the dense
+    model, whether this block or an earlier one has lost it (`correct_weight`), and pruned. If there
+    is no closing layer, all layers are weighed.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
     model that is being pruned and in the dense model; for the rest, see `prune_model`.
@@ -481,6 +484,7 @@ def prune_block_aware(
     row_weights, closing_name = probe_block(call, dense_states)
     dense_after = [to_host(call(before)[0]) for before in dense_states]
 
+    # As published, `states` are those of the model that is being pruned.
     layers = collect_layers(call, states, leave_out=closing_name)
     for name in layers:
         layers[name].row_weights = row_weights.get(name, 1.0)
@@ -494,6 +498,7 @@ def prune_block_aware(
             closing_layer.add(products[closing_name], E[0])
             products.clear()  # frees the copies of all X
 
+        # `prune_layer` knows nothing of E^T X. So the method that it gets begins by correcting.
         def prune_corrected(weight: Tensor, gram: Tensor, **arguments) -> Tensor:
             return prune(correct_weight(weight, gram, closing_layer.EtX), gram, **arguments)
 
@@ -532,8 +537,9 @@ def probe_block(
     """Return the row weights of the layers of a dense block, and the name of its closing layer.
 
     The probe is a backward pass through the block. It starts from random signs z_k, 1 or -1, one at
-    each entry h_k of the hidden states after the block. So the gradient at one entry y of the
-    output of a layer is g = sum_k z_k dh_k/dy. Since the signs are independent, the expectation is
+    each entry h_k of the hidden states after the block, in place of the gradient of a loss. So the
+    gradient at one entry y of the output of a layer is g = sum_k z_k dh_k/dy. Since the signs are
+    independent, the expectation is
 
         E[g^2] = sum_k (dh_k/dy)^2,
 
@@ -545,7 +551,7 @@ def probe_block(
         r_i^2 = s_i + mean(s).
 
     The mean draws r towards equal weights, since s is noisy. A method gets r W in place of W, and
-    its result is divided by r. For a given mask, this changes nothing. But in a ranking over the
+    its result is divided by r. For a given mask, this only rounds. But in a ranking over the
     whole matrix, rows that matter more keep more entries. (Rankings within a row, as Wanda's, stay
     the same. With a pattern, only the gradual mask of ADMM ranks over the whole matrix.)
 
@@ -559,7 +565,8 @@ def probe_block(
     """
     sums = defaultdict(float)  # name -> s, (out_features,)
     closing_name = None
-    # A seeded generator on the host gives the same signs for each block, and the same on a GPU.
+    # A seeded generator on the host gives each block the same signs, others for each sequence, and
+    # the same on a GPU.
     generator = torch.Generator().manual_seed(0)
     for dense_state in dense_states[:8]:
         before = dense_state.detach().requires_grad_()
@@ -569,7 +576,7 @@ def probe_block(
         products.clear()  # frees the copies of all X before the backward pass
         bits = torch.randint(2, after.shape, generator=generator, dtype=torch.int8, device="cpu")
         signs = (2 * bits - 1).to(after)  # 1 and -1 are exact in each dtype
-        # `before` is added since autograd refuses an empty list, as of a block with experts only.
+        # `before` is added since autograd refuses an empty list, which a block of only experts has.
         *gradients, _ = torch.autograd.grad(
             after, [*edges.values(), before], signs, allow_unused=True
         )
@@ -596,8 +603,9 @@ class Product:
 
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # With this, autograd gives the gradient at the product, even if the block then changes it in
-    # place. None: there is no gradient, or the layer is one of stacked experts.
+    # The place of the product in autograd's graph, to ask for the gradient there. (If the block
+    # changes the product in place, that tensor stands for the changed one.) None: there is no
+    # gradient, or the layer is one of stacked experts.
     edge: GradientEdge | None
 
 
@@ -607,7 +615,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
     A weight is that of a linear module, or that of an expert: transformers stacks the experts of a
     mixture in one parameter, (experts, ..., ...), whose products hooks would not see. PyTorch
     calls `__torch_function__` for each function of torch that is called inside the `with`, but not
-    for those that such a function calls in turn.
+    for those that such a function calls in turn. So no product is recorded twice.
     """
 
     def __init__(self, block: nn.Module):
@@ -645,7 +653,8 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
 
     def add(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
         """Add the product x @ weight.mT = output, if the weight is one of the block."""
-        # The address of a whole stack is that of its expert 0, so that this finds a stack, too.
+        # For a whole stack, this is the key of its expert 0: the same address, and the number of
+        # entries of one expert. Products of activations are not found.
         key = (weight.data_ptr(), weight.shape[-2:].numel())
         if key not in self.weights or weight.ndim > 3 or x.numel() == 0:
             return  # no weight of the block, or an expert without tokens
@@ -653,7 +662,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
             # Llama 4 multiplies all experts of a stack at once: x is (experts, tokens, in_features)
             # and weight is (experts, out_features, in_features). Each expert has a row for every
             # token, which is zero if the token goes elsewhere. So each expert is added by itself.
-            # (Of the output, experts need nothing.)
+            # (The output is only used for gradients, which are not wanted of experts.)
             for x_of_expert, matrix in zip(x, weight, strict=True):
                 self.add(x_of_expert[x_of_expert.any(-1)], matrix, output)
             return
@@ -738,8 +747,9 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
     blocks = list(eval_ppl.find_blocks(model))
     # The last sequence is reversed, so that it differs from the first even if it is the only one.
     two_sequences = torch.cat([tokens[:1], tokens[-1:].flip(1)])
-    calls = []  # of all blocks for the first sequence, then of all for the second, not used further
-    own_after = []  # the model's own hidden states after each of these calls
+    # Of all blocks for the first sequence, then of all blocks for the second:
+    calls = []
+    own_after = []  # the model's own hidden states
 
     def keep(block, args, kwargs, output):
         calls.append(BlockCall(len(calls), block, args[1:], kwargs))
@@ -752,7 +762,7 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
             model(ids.to(device), use_cache=False)
     if [call.block for call in calls] != blocks + blocks:
         raise ValueError(f"the model does not call its {len(blocks)} blocks one after the other")
-    calls = calls[: len(blocks)]
+    calls = calls[: len(blocks)]  # those of the first sequence; `own_after` keeps both
     before = embed(model, two_sequences, device)
     # On a CPU, the difference is 0. The tolerance is for other orders of sums, as on a GPU.
     tolerance = 5e-3 if model.dtype in (torch.float16, torch.bfloat16) else 5e-5
@@ -760,7 +770,8 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
         tqdm(calls, "checking blocks"), own_after, own_after[len(blocks) :], strict=False
     ):
         # Both sequences go through a block before the next block, as they do in pruning. If a block
-        # hands on anything but the hidden states, the sequences are mixed, and the check fails.
+        # hands on anything else, as an attribute or in an object of its arguments, what the second
+        # sequence leaves there reaches the first one in later blocks, and the check fails.
         with eval_ppl.moved(eval_ppl.tensors_of(call.block), device):
             after = torch.cat([call(states)[0].cpu() for states in before])
         difference = relative_difference(after, torch.cat([own_first, own_second]))
@@ -864,7 +875,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{folder} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB"
         )
-    # A checkpoint may mix dtypes. Its parameters and buffers get back their own before saving.
+    # A checkpoint may mix dtypes. Each tensor gets back its own before saving.
     stored_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     if args.dtype == "auto" and device.type == "cpu":
         model.float()  # a CPU is slow in 16 bits

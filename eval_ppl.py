@@ -49,9 +49,9 @@ def perplexity(
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
     fits = sum(tensor.nbytes for tensor in tensors_of(model)) <= free / 2
     model_on_device = moved(tensors_of(model), device) if fits else offload_blocks(model, device)
-    # More windows at once need fewer passes over the blocks. Logits get an eighth of the memory,
-    # at 2 bytes for each entry of the vocabulary, and so a quarter in float32. The bound of 2^14
-    # tokens is for what the blocks compute.
+    # More windows at once need fewer passes over the blocks. The logits, one for each token and
+    # entry of the vocabulary, get an eighth of the free memory if they have 2 bytes; in float32,
+    # they take a quarter. The bound of 2^14 tokens is for what the blocks compute.
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     windows_at_once = max(1, min(free // 8 // (2 * vocab_size), 2**14) // tokens.shape[1])
     losses = []
@@ -91,7 +91,8 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 def moved(tensors: list[Tensor] | set[Tensor], device: torch.device):
     """Let tensors have their data on the device, until the context ends.
 
-    Then they get back the data that they had before, so that nothing is copied back.
+    Then they get back the data that they had before, so that nothing is copied back. What is
+    written to them on another device is lost.
     """
     before = [(tensor, tensor.data) for tensor in tensors]
     try:
@@ -292,7 +293,7 @@ def add_common_arguments(cli: argparse.ArgumentParser) -> None:
     cli.add_argument(
         "--bos",
         action=argparse.BooleanOptionalAction,
-        help="begin each sequence with the BOS token; default: only for Gemma",
+        help="the first token of each sequence is BOS; default: only for Gemma",
     )
     cli.add_argument("--device", help="where to compute; default: cuda if there is a GPU, else cpu")
     cli.add_argument(
