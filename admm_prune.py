@@ -94,7 +94,7 @@ def prune_weight(
     # The damping of a feature is a share of its own squared norm, and thus almost nothing for a
     # feature that is hardly ever active. N:M has to keep weights of such features, too, and these
     # weights could become huge. So no norm counts as less than 1 % of the mean. This floor is ours.
-    d = clamped_norms(gram.diagonal(), floor=0.01)  # (in,)
+    d = feature_norms(gram)  # (in,)
     # After the division, the diagonal of the authors' G is 1, or 0 for features that are never
     # active. They add `damping` times its mean, which is the share of the active ones. (Here, it is
     # 1 for inactive features, too, because of the floor.)
@@ -130,13 +130,13 @@ def prune_weight(
     return (Z / d).to(weight.dtype)
 
 
-def clamped_norms(squares: Tensor, floor: float) -> Tensor:
-    """Return the norms of features, given their squares. Each is at least `floor` times the mean.
+def feature_norms(gram: Tensor) -> Tensor:
+    """Return the norms of the input features, (in_features,), each at least 1 % of their mean.
 
     A feature that was never active has the norm 0, and the solver divides by norms.
     """
-    norms = squares.sqrt()
-    return norms.clamp(min=floor * float(norms.mean()) + 1e-12)  # 1e-12: all of them may be 0
+    norms = gram.diagonal().sqrt()
+    return norms.clamp(min=0.01 * float(norms.mean()) + 1e-12)  # 1e-12: all of them may be 0
 
 
 def inverse(A: Tensor) -> Tensor:
@@ -515,9 +515,8 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
 
         W + 1/2 E^T X (G + D)^-1
 
-    D is the diagonal matrix of the squared feature norms, each norm being at least a tenth of the
-    mean norm, since the weights of rarely active features would otherwise become huge. D and the
-    half keep the correction from fitting the calibration tokens too closely.
+    D is the diagonal matrix of the squared norms of the features, with the floor of the solver. D
+    and the half keep the correction from fitting the calibration tokens too closely.
 
     QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al., ICML 2025) correct
     all layers like this, for quantisation.
@@ -525,8 +524,7 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
     Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, all of one
         float dtype.
     """
-    ridge = clamped_norms(gram.diagonal(), floor=0.1) ** 2
-    damped = gram.diagonal_scatter(gram.diagonal() + ridge)  # G + D
+    damped = gram.diagonal_scatter(gram.diagonal() + feature_norms(gram) ** 2)  # G + D
     # cholesky_solve gives (G + D)^-1 X^T E, the transpose of E^T X (G + D)^-1.
     return weight + 0.5 * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(damped)).T
 
