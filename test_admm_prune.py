@@ -524,25 +524,28 @@ def test_the_loss_is_taken_in_float32_and_few_tokens_at_once():
         assert max(counts) == counts[0] == largest
 
 
-def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer):
+def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer, capsys):
     # With a tiny model and short sequences.
     monkeypatch.chdir(tmp_path)
-    Path("README.md").write_text(DOCS)
     read = ap.calibration_tokens
     config = hf.LlamaConfig(**dict(LLAMA, vocab_size=512))
     for module, name, stub in (
         (ap, "calibration_tokens", lambda *args, **_: read(*args, nsamples=4, seqlen=64)),
+        (ap, "probe_block", ap.probe_block),  # a snippet replaces it
         (eval_ppl, "load_tokenizer", lambda name, seqlen: (tokenizer, None)),
         (eval_ppl, "load_model", lambda name: hf.LlamaForCausalLM(config)),
     ):
         monkeypatch.setattr(module, name, stub)
     scope = {}
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    for snippet in readme.split("```python\n")[1:]:
-        exec(snippet.split("```")[0], scope)
-        for result in scope.get("results", []):
-            assert 0.3 < result["sparsity"] < 0.9
-    assert len(scope["results"]) > 10
+    parts = (HERE / "README.md").read_text(encoding="utf-8").split("```python\n")
+    snippets = [part.split("```")[0] for part in parts[1:]]
+    for snippet in snippets:
+        exec(snippet, scope)
+    assert sum(0.3 < result["sparsity"] < 0.9 for result in scope["results"]) == 21  # all layers
+    promised = map(float, re.findall(r"\d+\.\d+", snippets[0].split("# prints")[1]))
+    assert list(map(float, capsys.readouterr().out.split())) == pytest.approx(
+        list(promised), abs=1e-4
+    )
 
 
 # --------------------------------------------------------------------------- block-aware pruning
