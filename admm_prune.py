@@ -95,9 +95,9 @@ def prune_weight(
     # feature that is hardly ever active. N:M has to keep weights of such features, too, and these
     # weights could become huge. So no norm counts as less than 1 % of the mean. This floor is ours.
     d = feature_norms(gram)  # (in,)
-    # After the division, the diagonal of the authors' G is 1, or 0 for features that are never
-    # active. They add `damping` times its mean, which is the share of the active ones. (Here, it is
-    # 1 for inactive features, too, because of the floor.)
+    # The authors add `damping` times the mean of the diagonal of their scaled G. That diagonal is 1
+    # for active features and 0 for others, so that its mean is the share of active features. With
+    # our floor, the diagonal is 1 everywhere, so the active features are counted here.
     active_share = float((gram.diagonal() > 0).float().mean())
     A = gram.diagonal_scatter((1 + damping * active_share) * d**2)  # (in, in)
     A.div_(d).div_(d[:, None])  # in place, which saves a matrix of the size of G
@@ -196,7 +196,7 @@ def sparsegpt(
     were never active lose all their weights, even beyond the sparsity asked for. (There, these
     features count as 1 in the mean, and here as 0.)
     """
-    select_mask(weight, sparsity, pattern)  # an invalid amount is refused before the work starts
+    select_mask(weight, sparsity, pattern)  # refuses an invalid amount before the work starts
     W = weight.float().clone()  # (out, in)
     gram = gram.float()
     W[:, gram.diagonal() == 0] = 0
@@ -205,9 +205,9 @@ def sparsegpt(
     # Column j needs the inverse of H[j:, j:], since the columns before it are fixed. One upper
     # triangular factor C has all of these inverses:
     #     H^-1 = C^T C    and therefore    (H[j:, j:])^-1 = C[j:, j:]^T C[j:, j:],
-    # of which the first row is C_jj C[j, j:], and the first entry C_jj^2. So removing an entry w of
-    # column j costs (w / C_jj)^2 and changes the columns from j on by -(w / C_jj) C[j, j:]
-    # (equation 3 of the paper).
+    # of which the first row is C_jj C[j, j:], and the first entry C_jj^2. To remove an entry w of
+    # column j costs w^2 / (first entry) = (w / C_jj)^2, and changes the columns from j on by
+    # -w (first row) / (first entry) = -(w / C_jj) C[j, j:] (equation 3 of the paper).
     C = torch.linalg.cholesky(inverse(H), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, len(H), width):
@@ -236,6 +236,7 @@ def wanda(
         in_features = weight.shape[1]
         pattern = (max(in_features - round(sparsity * in_features), 1), in_features)
     scores = weight.float() * gram.diagonal().float().sqrt()
+    # `sparsity` is passed on to be checked.
     return torch.where(select_mask(scores, sparsity, pattern), weight, 0)
 
 
@@ -279,16 +280,18 @@ class Layer:
     EtX: Tensor | float = 0.0  # E^T X, (out_features, in_features) float32; 0.0: none
 
     def add(self, product: "Product", E: Tensor | None = None) -> None:
-        """Add the inputs X of a product X W^T to the sums, and for a closing layer, E^T X.
+        """Add the inputs X of a product X W^T to the sums.
 
-        E, (tokens, hidden_size) float32, is what the hidden states after the block lack.
+        E, (tokens, hidden_size) float32, is for block-aware pruning, too: what the hidden states
+        after the block lack.
         """
         self.weight = product.weight
         self.num_tokens += len(product.X)
         # If the model has 16 bits, these products may be in TF32, in which an A100 is eight times
-        # as fast as in float32. X then has numbers of 16 bits, which are exact in TF32, and E is
-        # the difference of such numbers. The sums are in float32. `flags` puts the precision back;
-        # a precision that the caller has set for CUDA's products stays, and with None any.
+        # as fast as in float32. X then has numbers of 16 bits, which are exact in TF32; E is
+        # rounded to 11 bits. The sums are in float32. `flags` sets the precision for these lines
+        # only, with None it changes nothing, and a precision that the caller has set for CUDA's
+        # products takes precedence.
         with torch.backends.flags("tf32" if product.weight.element_size() == 2 else None):
             self.gram += product.X.T @ product.X
             if E is not None:
@@ -344,7 +347,8 @@ def prune_model(
         options: for methods that depend on the layer. options(block, name) gets the number of a
             block and the name of a layer in it, such as "mlp.down_proj". It returns further keyword
             arguments of `prune`, such as {"sparsity": 0.7}, or None to leave the layer as it is.
-            Default: routers stay as they are.
+            Default: routers stay as they are. A function of your own takes its place, and should
+            return None for routers, too.
 
     Returns: a dict for each pruned layer, in the order in which they were pruned. It has the number
         of the "block", the "name" of the layer in the block, its "shape", (out_features,
@@ -498,7 +502,8 @@ def prune_block_aware(
             closing_layer.add(products[closing_name], E[0])
             products.clear()  # frees the copies of all X
 
-        # `prune_layer` knows nothing of E^T X. So the method that it gets begins by correcting.
+        # The correction is a part of the method, so that `prune_layer` still compares the result
+        # with the dense weight. It gets W itself, since the closing layer has no row weights.
         def prune_corrected(weight: Tensor, gram: Tensor, **arguments) -> Tensor:
             return prune(correct_weight(weight, gram, closing_layer.EtX), gram, **arguments)
 
@@ -549,14 +554,15 @@ def probe_block(
         r_i^2 = s_i + mean(s).
 
     The mean draws r towards equal weights, since s is noisy. A method gets r W in place of W, and
-    its result is divided by r. For a given mask, this only rounds. But in a ranking over the
-    whole matrix, rows that matter more keep more entries. (Rankings within a row, as Wanda's, stay
-    the same. With a pattern, only the gradual mask of ADMM ranks over the whole matrix.)
+    its result is divided by r. For a given mask, the rows do not affect each other, so that r only
+    rounds. But in a ranking over the whole matrix, rows that matter more keep more entries.
+    (Rankings within a row, as Wanda's, stay the same. With a pattern, only the gradual mask of ADMM
+    ranks over the whole matrix.)
 
     The closing layer adds its output to the hidden states as it is, so that the gradient there is
-    equal to the signs. It is the last layer for which this is true, and needs no row weights, since
-    all its outputs move the hidden states alike. The name is None if there is none, for example if
-    a norm stands behind the last layer.
+    equal to the signs. It is the last layer for which this is true (in any sequence), and needs no
+    row weights, since all its outputs move the hidden states alike. The name is None if there is
+    none, for example if a norm stands behind the last layer.
 
     `dense_states` are the hidden states of the dense model before the block. The first 8 of them
     are used. Stacked experts have no row weights, since they get only some of the tokens.
@@ -601,8 +607,8 @@ class Product:
 
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # The place of the product in autograd's graph, to ask for the gradient there. (If the block
-    # changes the product in place, that tensor stands for the changed one.) None: there is no
+    # The place of the product in autograd's graph, to ask for the gradient there. (The tensor would
+    # not do: if the block changes it in place, it stands for the changed values.) None: there is no
     # gradient, or the layer is one of stacked experts.
     edge: GradientEdge | None
 
@@ -724,7 +730,8 @@ def embed(model: PreTrainedModel, tokens: Tensor, device: torch.device) -> list[
         raise StopForward
 
     with (
-        # before `offload_blocks` adds its hook, which would move block 0 to the device
+        # This hook comes first, so that it stops the forward before that of `offload_blocks` moves
+        # block 0 to the device.
         eval_ppl.find_blocks(model)[0].register_forward_pre_hook(stop),
         eval_ppl.offload_blocks(model, device),
     ):
@@ -765,11 +772,14 @@ def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) 
     # On a CPU, the difference is 0. The tolerance is for other orders of sums, as on a GPU.
     tolerance = 5e-3 if model.dtype in (torch.float16, torch.bfloat16) else 5e-5
     for call, own_first, own_second in zip(
-        tqdm(calls, "checking blocks"), own_after, own_after[len(blocks) :], strict=False
+        tqdm(calls, "checking blocks"),
+        own_after[: len(blocks)],
+        own_after[len(blocks) :],
+        strict=True,
     ):
-        # Both sequences go through a block before the next block, as they do in pruning. If a block
-        # hands on anything else, as an attribute or in an object of its arguments, what the second
-        # sequence leaves there reaches the first one in later blocks, and the check fails.
+        # Both sequences go through a block before the next block, as they do in pruning. A block
+        # may leave data for later blocks outside of its output, such as in an attribute. Then the
+        # next block uses those of the second sequence for the first one, too, and the check fails.
         with eval_ppl.moved(eval_ppl.tensors_of(call.block), device):
             after = torch.cat([call(states)[0].cpu() for states in before])
         difference = relative_difference(after, torch.cat([own_first, own_second]))
