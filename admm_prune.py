@@ -342,7 +342,7 @@ def prune_model(
             these states, which does nothing for methods that rank within rows, such as Wanda. And
             the closing layer of the block is corrected for what the states lack. LLaMA, dense Qwen
             and OPT have a closing layer. Models with a norm or a multiplier behind the last layer,
-            such as Gemma, and most mixtures have none. For stacked experts, nothing changes.
+            such as Gemma 3, and most mixtures have none. For stacked experts, nothing changes.
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: for methods that depend on the layer. options(block, name) gets the number of a
             block and the name of a layer in it, such as "mlp.down_proj". It returns further keyword
@@ -524,7 +524,7 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
     and the half keep the correction from fitting the calibration tokens too closely.
 
     QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al., ICML 2025) correct
-    all layers like this, for quantisation.
+    all layers by such a formula, for the errors of their own outputs and for quantisation.
 
     Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, all of one
         float dtype.
