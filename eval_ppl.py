@@ -222,7 +222,7 @@ def read_text(source: str, split: str) -> str:
     "wikitext2" is that split of WikiText-2. Its rows are joined by blank lines, as GPTQ does for
     both splits. (SparseGPT and Wanda join those of the train split by spaces.) "help" is the text
     of Python's own help, which needs no network: the first half is for "train", the second for
-    "test". A text file has no splits.
+    "test". (The second repeats some passages of the first.) A text file has no splits.
     """
     if source == "help":
         text = "\n\n".join(pydoc_data.topics.topics.values())
