@@ -99,10 +99,11 @@ def prune_weight(
     # for active features and 0 for others, so that its mean is the share of active features. With
     # our floor, the diagonal is 1 everywhere, so the active features are counted here.
     active_share = float((gram.diagonal() > 0).float().mean())
-    A = gram.diagonal_scatter((1 + damping * active_share) * d**2)  # (in, in)
-    A.div_(d).div_(d[:, None])  # in place, which saves a matrix of the size of G
+    H = gram.diagonal_scatter((1 + damping * active_share) * d**2)  # (in, in)
+    A = H.div_(d).div_(d[:, None])
+    A.diagonal().add_(rho)
+    R = invert_(A).mul_(rho)  # rho (A + rho I)^-1
     W0 = weight.float() * d  # (out, in)
-    R = rho * inverse(A.diagonal_scatter(A.diagonal() + rho))  # rho (A + rho I)^-1
 
     # ADMM has two copies of W0: V reconstructs the outputs, and Z has the zeros. U, the scaled dual
     # variable, is the sum of V - Z over the steps so far. Each step changes one after the other:
@@ -139,12 +140,12 @@ def feature_norms(gram: Tensor) -> Tensor:
     return norms.clamp(min=0.01 * float(norms.mean()) + 1e-12)  # 1e-12: all of them may be 0
 
 
-def inverse(A: Tensor) -> Tensor:
-    """Return the inverse of a positive definite matrix."""
-    # torch.cholesky_inverse is twice as fast on an idle CPU, but far slower on a busy one.
-    return torch.cholesky_solve(
-        torch.eye(len(A), dtype=A.dtype, device=A.device), torch.linalg.cholesky(A)
-    )
+def invert_(A: Tensor) -> Tensor:
+    """Replace a positive definite matrix by its inverse, in its own memory, and return it."""
+    L = torch.linalg.cholesky(A)  # A = L L^T, so that A^-1 = L^-T L^-1
+    A.zero_().fill_diagonal_(1)
+    torch.linalg.solve_triangular(L, A, upper=False, out=A)
+    return torch.linalg.solve_triangular(L.mT, A, upper=True, out=A)
 
 
 def select_mask(
@@ -208,7 +209,7 @@ def sparsegpt(
     # of which the first row is C_jj C[j, j:], and the first entry C_jj^2. To remove an entry w of
     # column j costs w^2 / (first entry) = (w / C_jj)^2, and changes the columns from j on by
     # -w (first row) / (first entry) = -(w / C_jj) C[j, j:] (equation 3 of the paper).
-    C = torch.linalg.cholesky(inverse(H), upper=True)
+    C = torch.linalg.cholesky(invert_(H), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, len(H), width):
         end = start + width
