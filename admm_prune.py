@@ -10,10 +10,8 @@ For each linear layer with weight W and calibration inputs X, we look for a spar
 
 The default is the algorithm of "Fast and Effective Weight Update for Pruned Large Language Models"
 (Vladimír Boža, TMLR 2024, arXiv 2401.02938): ADMM with a gradual mask, which the paper calls
-ADMM-Grad. `--block-aware` is our extension, for any method. It looks at the hidden states after the
-block: it weighs the rows of each weight by how far they move these states, and lets the layer that
-closes the block make up for a part of what the states lack. It had lower perplexities than the
-default in all our measurements (README.md).
+ADMM-Grad. `--block-aware` is our extension, for any method. It prunes for the hidden states after
+each block, as its section explains. README.md has what it gains, and where it loses.
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
@@ -26,10 +24,8 @@ perplexity, and has what both programs need, such as devices and loading.
 
 import argparse
 import json
-import os
 import random
 import shutil
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -41,20 +37,16 @@ import datasets
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 import eval_ppl
 
 # ------------------------------------------------------------------------------------- solver
 
-Pattern = tuple[int, int]  # (N, M): keep N of every M consecutive entries of a row
-
 
 @torch.no_grad()
 def prune_weight(
-    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None, *,
+    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: tuple[int, int] | None = None, *,
     mask: Tensor | None = None, damping: float = 0.1, rho: float = 1.0, growing_steps: int = 15,
     moving_steps: int = 0, frozen_steps: int = 6,
 ) -> Tensor:  # fmt: skip
@@ -70,11 +62,12 @@ def prune_weight(
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and all steps then only optimise the values of these entries.
-        damping: the squared norms of the features, which are the diagonal of G, are multiplied by
-            1 + damping * (share of features that are ever active), after small norms are raised.
+        damping: what is added to the diagonal of the scaled Gram matrix, which is 1, is damping *
+            (share of features that are ever active).
         rho: penalty, for features that are scaled to norm 1.
-        growing_steps: steps in which the share of zeros grows to its final value.
-        moving_steps: further steps in which the mask is still selected anew.
+        growing_steps: steps in which the share of zeros grows to its final value; at least 1.
+        moving_steps: further steps in which the mask is still selected anew. The authors' released
+            code without N:M has growing_steps=1 and moving_steps=14.
         frozen_steps: last steps, in which the mask stays the same.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
@@ -83,9 +76,8 @@ def prune_weight(
     """
     if mask is not None and mask.shape != weight.shape:
         raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
-    selecting_steps = growing_steps + moving_steps
-    if selecting_steps + frozen_steps < 1 or (mask is None and selecting_steps < 1):
-        raise ValueError("needed: at least one step, and without a mask, one that selects a mask")
+    if growing_steps < 1:
+        raise ValueError(f"growing_steps must be at least 1, got {growing_steps}")
     gram = gram.float()
     # Feature j is divided by its norm d_j, so that one rho suits all features. Column j of W is
     # multiplied by it, so that the outputs stay the same. The first mask ranks the entries of
@@ -95,11 +87,11 @@ def prune_weight(
     # feature that is hardly ever active. N:M has to keep weights of such features, too, and these
     # weights could become huge. So no norm counts as less than 1 % of the mean. This floor is ours.
     d = feature_norms(gram)  # (in,)
-    # The authors add `damping` times the mean of the diagonal of their scaled G. That diagonal is 1
-    # for active features and 0 for others, so that its mean is the share of active features. With
-    # our floor, the diagonal is 1 everywhere, so the active features are counted here.
+    # The paper's damping is a share of the mean of the scaled diagonal. Without our floor, this
+    # diagonal is 1 for active features and 0 for others, so its mean is the share of active ones.
     active_share = float((gram.diagonal() > 0).float().mean())
     H = gram.diagonal_scatter((1 + damping * active_share) * d**2)  # (in, in)
+    # From here on, each line works in the memory of H.
     A = H.div_(d).div_(d[:, None])
     A.diagonal().add_(rho)
     R = invert_(A).mul_(rho)  # rho (A + rho I)^-1
@@ -116,16 +108,17 @@ def prune_weight(
     Z = W0  # so that V is W0 in step 1, and the first mask is selected from the dense weight
     U = torch.zeros_like(W0)
     kept = mask
+    selecting_steps = growing_steps + moving_steps
     for step in range(1, selecting_steps + frozen_steps + 1):
         # The paper has V = (W0 A + rho (Z - U)) (A + rho I)^-1. This is the same, since
         # W0 A = W0 (A + rho I) - rho W0.
         V = W0 + (Z - U - W0) @ R
         if mask is None and step <= selecting_steps:
-            growth = min(step / max(growing_steps, 1), 1.0)  # growing_steps may be 0
-            share = 1 - (1 - growth) ** 3  # paper, section 4
+            growth = min(step / growing_steps, 1.0)
+            progress = 1 - (1 - growth) ** 3  # paper, section 4
             # To select entries in another way, replace this call. It gets a scaled weight, whose
             # magnitudes say what the entries are worth, and returns True where an entry is kept.
-            kept = select_mask(V + U, sparsity, pattern, share)
+            kept = select_mask(V + U, sparsity, pattern, progress)
         Z = torch.where(kept, V + U, 0)
         U = U + V - Z
     return (Z / d).to(weight.dtype)
@@ -149,7 +142,10 @@ def invert_(A: Tensor) -> Tensor:
 
 
 def select_mask(
-    values: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None, share: float = 1.0
+    values: Tensor,
+    sparsity: float = 0.5,
+    pattern: tuple[int, int] | None = None,
+    progress: float = 1.0,
 ) -> Tensor:
     """Return a mask, (out, in) bool, that is True where an entry of `values` is kept.
 
@@ -157,8 +153,8 @@ def select_mask(
     each row. With a pattern (N, M), which overrides `sparsity`, it is False at all entries but the
     N largest of each group of M.
 
-    A `share` below 1 is for a gradual mask. It is then False at only that share of these entries,
-    those that are smallest in the whole matrix.
+    A `progress` below 1 is for a gradual mask. It is then False at only that share of these
+    entries, those that are smallest in the whole matrix.
 
     Raises: ValueError if sparsity or pattern is invalid.
     """
@@ -175,7 +171,7 @@ def select_mask(
         groups = scores.unflatten(1, (-1, M))  # (out, in / M, M)
         # With infinity as their scores, the N largest of each group are not among the smallest.
         scores = groups.scatter(2, groups.topk(N).indices, torch.inf)
-    zeros = round(share * sparsity * scores.numel())
+    zeros = round(progress * sparsity * scores.numel())
     smallest = scores.flatten().topk(zeros, largest=False, sorted=False).indices
     mask = torch.ones(values.numel(), dtype=torch.bool, device=values.device)
     mask[smallest] = False
@@ -187,7 +183,7 @@ def select_mask(
 
 @torch.no_grad()
 def sparsegpt(
-    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None
+    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: tuple[int, int] | None = None
 ) -> Tensor:
     """Return a weight pruned with SparseGPT (Frantar and Alistarh, ICML 2023, arXiv 2301.00774).
 
@@ -197,7 +193,7 @@ def sparsegpt(
     were never active lose all their weights, even beyond the sparsity asked for. (There, these
     features count as 1 in the mean, and here as 0.)
     """
-    select_mask(weight, sparsity, pattern)  # refuses an invalid amount before the work starts
+    select_mask(weight[:1], sparsity, pattern)  # refuses an invalid amount before the work starts
     W = weight.float().clone()  # (out, in)
     gram = gram.float()
     W[:, gram.diagonal() == 0] = 0
@@ -211,14 +207,14 @@ def sparsegpt(
     # -w (first row) / (first entry) = -(w / C_jj) C[j, j:] (equation 3 of the paper).
     C = torch.linalg.cholesky(invert_(H), upper=True)
     width = pattern[1] if pattern else 128
-    for start in range(0, len(H), width):
+    for start in range(0, W.shape[1], width):
         end = start + width
         columns = W[:, start:end]  # a view
         corner = C[start:end, start:end]
         mask = select_mask(columns / corner.diagonal(), sparsity, pattern)
         errors = torch.zeros_like(columns)  # w / C_jj
         for j in range(columns.shape[1]):
-            errors[:, j] = columns[:, j] * ~mask[:, j] / corner[j, j]
+            errors[:, j] = (columns[:, j] * ~mask[:, j]) / corner[j, j]
             columns[:, j:] -= errors[:, j, None] * corner[j, j:]
         columns *= mask  # rounding may have left tiny values
         W[:, end:] -= errors @ C[start:end, end:]  # one product for all errors is faster
@@ -227,23 +223,24 @@ def sparsegpt(
 
 @torch.no_grad()
 def wanda(
-    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None
+    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: tuple[int, int] | None = None
 ) -> Tensor:
     """Keep the largest |W| ||x|| of each row, or of each group of a pattern.
 
     ||x|| is the norm of an input feature (Sun et al., ICLR 2024, arXiv 2306.11695).
     """
-    if pattern is None:  # each row is one group, of which at least one entry is kept
+    if pattern is None:
+        # Each row is one group, of which at least one entry is kept. (`select_mask` then only
+        # checks `sparsity`.)
         in_features = weight.shape[1]
         pattern = (max(in_features - round(sparsity * in_features), 1), in_features)
     scores = weight.float() * gram.diagonal().float().sqrt()
-    # `sparsity` is passed on to be checked.
     return torch.where(select_mask(scores, sparsity, pattern), weight, 0)
 
 
 @torch.no_grad()
 def magnitude(
-    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None
+    weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: tuple[int, int] | None = None
 ) -> Tensor:
     """Keep the largest |W| of the whole matrix."""
     return torch.where(select_mask(weight, sparsity, pattern), weight, 0)
@@ -270,6 +267,39 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 
 
 @dataclass
+class Product:
+    """A product X W^T within a block."""
+
+    weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
+    X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
+    # The place of the product in autograd's graph, to ask for the gradient there. None: there is no
+    # gradient, or the layer is one of stacked experts.
+    edge: torch.autograd.graph.GradientEdge | None
+
+
+@dataclass
+class BlockCall:
+    """A decoder block, and what the model hands to it besides the hidden states, such as masks."""
+
+    index: int  # of the block
+    block: nn.Module
+    args: tuple  # positional arguments after the hidden states
+    kwargs: dict
+
+    def __call__(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
+        """Return the hidden states of one sequence after the block, given those before it.
+
+        Both are (1, seqlen, hidden_size). Also return the products X W^T in the block, by the name
+        of the layer.
+        """
+        # A copy, since a block may change its input in place.
+        before = before.to(next(self.block.parameters()).device, copy=True)
+        with ProductRecorder(self.block) as recorder:
+            output = self.block(before, *self.args, **self.kwargs)
+        return states_of(output), recorder.products
+
+
+@dataclass
 class Layer:
     """A linear layer, or an expert of a mixture, with sums over its calibration tokens."""
 
@@ -280,7 +310,7 @@ class Layer:
     row_weights: Tensor | float = 1.0  # r, (out_features, 1) float32; 1.0: none
     EtX: Tensor | float = 0.0  # E^T X, (out_features, in_features) float32; 0.0: none
 
-    def add(self, product: "Product", E: Tensor | None = None) -> None:
+    def add(self, product: Product, E: Tensor | None = None) -> None:
         """Add the inputs X of a product X W^T to the sums.
 
         E, (tokens, hidden_size) float32, is for block-aware pruning, too: what the hidden states
@@ -288,11 +318,9 @@ class Layer:
         """
         self.weight = product.weight
         self.num_tokens += len(product.X)
-        # If the model has 16 bits, these products may be in TF32, in which an A100 is eight times
-        # as fast as in float32. X then has numbers of 16 bits, which are exact in TF32; E is
-        # rounded to 11 bits. The sums are in float32. `flags` sets the precision for these lines
-        # only, with None it changes nothing, and a precision that the caller has set for CUDA's
-        # products takes precedence.
+        # If the model has 16 bits, X has numbers of 16 bits. TF32 multiplies these exactly, and an
+        # A100 is eight times as fast in it as in float32. Only E is rounded, to 11 bits.
+        # `flags` sets PyTorch's precision of float32 products inside the `with`. None leaves it.
         with torch.backends.flags("tf32" if product.weight.element_size() == 2 else None):
             self.gram += product.X.T @ product.X
             if E is not None:
@@ -316,9 +344,10 @@ def leave_routers_dense(block: int, name: str) -> dict | None:
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
 def prune_model(
-    model: PreTrainedModel, tokens: Tensor, prune: Callable[..., Tensor],
+    model: transformers.PreTrainedModel, tokens: Tensor, prune: Callable[..., Tensor],
     block_aware: bool = False, device: torch.device | str | None = None,
     options: Callable[[int, str], dict | None] = leave_routers_dense,
+    stored_dtype: torch.dtype | None = None,
 ) -> list[dict]:  # fmt: skip
     """Prune the linear layers inside the decoder blocks of a causal LM, in place.
 
@@ -350,6 +379,9 @@ def prune_model(
             arguments of `prune`, such as {"sparsity": 0.7}, or None to leave the layer as it is.
             Default: routers stay as they are. A function of your own takes its place, and should
             return None for routers, too.
+        stored_dtype: the dtype in which the model will be stored, if it is not the one in which it
+            computes. Each pruned weight is rounded to it, and its values are then checked, reported
+            and used. Default: the dtype of the weight.
 
     Returns: a dict for each pruned layer, in the order in which they were pruned. It has the number
         of the "block", the "name" of the layer in the block, its "shape", (out_features,
@@ -357,52 +389,62 @@ def prune_model(
         the dense weight; that of a closing layer includes the correction), and "num_tokens", the
         number of calibration tokens that reached it.
     Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned.
-        Errors of a method pass through. A note names the layer.
+        Errors of a method pass through. Notes name the block and the layer.
     """
-    reasons = {
-        "has an encoder": model.config.is_encoder_decoder,
-        "has quantised weights": getattr(model.config, "quantization_config", None) is not None,
-        "has LoRA adapters": any("lora_" in name for name in model.state_dict()),
-        "lies on several devices": len(set(getattr(model, "hf_device_map", {}).values())) > 1,
+    matrices = [
+        p for block in eval_ppl.find_blocks(model) for p in block.parameters() if p.ndim > 1
+    ]
+    problems = {
+        "the model has an encoder: take a decoder-only model": model.config.is_encoder_decoder,
+        "the model has quantised weights: load its full weights": (
+            getattr(model.config, "quantization_config", None) is not None
+        ),
+        "the model has LoRA adapters: merge them into its weights": (
+            any("lora_" in name for name in model.state_dict())
+        ),
+        "the model lies on several devices: load it without device_map": (
+            len(set(getattr(model, "hf_device_map", {}).values())) > 1
+        ),
+        "the model uses a weight in several blocks: give each block its own": (
+            len(set(matrices)) < len(matrices)
+        ),
+        f"tokens must be (sequences, seqlen), not empty, got {tuple(tokens.shape)}": (
+            tokens.ndim != 2 or tokens.numel() == 0
+        ),
     }
-    for reason, applies in reasons.items():
+    for problem, applies in problems.items():
         if applies:
-            raise ValueError(
-                f"the model {reason}: prune a decoder-only model with its full weights, "
-                "loaded without device_map"
-            )
+            raise ValueError(problem)
     eval_ppl.check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = eval_ppl.select_device(device)
     model.cpu().eval()
-    model.set_experts_implementation("eager")  # `ProductRecorder` does not see fused kernels
-    # A `BlockCall` is a block with its other arguments, such as masks. call(before) returns the
-    # hidden states after the block, and the products X W^T in it, by the name of the layer. Called
-    # one by one, the blocks have to do what they do in the model, or the model is refused.
+    # Fused kernels would hide the products of experts from `ProductRecorder`.
+    model.set_experts_implementation("eager")
+    prune_them = partial(prune_layers, prune=prune, options=options, stored_dtype=stored_dtype)
+    # Called one by one, the blocks have to do what they do in the model, or the model is refused.
     calls = checked_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = embed(model, tokens, device)
     dense_states = states if block_aware else None  # those in the dense model
     results = []
     for call in tqdm(calls, "pruning blocks"):
-        call.block.to(device)
-        if block_aware:
-            block_results, dense_states = prune_block_aware(
-                call, states, dense_states, prune, options
-            )
-        else:
-            layers = collect_layers(call, states)
-            block_results = prune_layers(call.index, layers, prune, options)
-        results += block_results
-        # Through the pruned block; the products are not used.
-        states = [to_host(call(before)[0]) for before in states]
-        call.block.cpu()
-    if not results:
-        raise ValueError(f"no layer of {type(model).__name__} was pruned")
+        with eval_ppl.note(f"while pruning block {call.index}"):
+            call.block.to(device)
+            if block_aware:
+                block_results, dense_states = prune_block_aware(
+                    call, states, dense_states, prune_them
+                )
+            else:
+                block_results = prune_them(call.index, collect_layers(call, states))
+            results += block_results
+            # Through the pruned block; the products are not used.
+            states = [call(before)[0].to("cpu", copy=True) for before in states]
+            call.block.cpu()
     return results
 
 
 def collect_layers(
-    call: "BlockCall", states: list[Tensor], leave_out: str | None = None
+    call: BlockCall, states: list[Tensor], leave_out: str | None = None
 ) -> dict[str, Layer]:
     """Return the layers of a block, by name, with the Gram matrices of their inputs.
 
@@ -419,40 +461,45 @@ def collect_layers(
 
 
 def prune_layers(
-    block: int, layers: dict[str, Layer], prune: Callable, options: Callable
-) -> list[dict]:
-    """Prune layers of one block, in place, and return what became of each.
+    block: int, layers: dict[str, Layer], prune: Callable, options: Callable,
+    stored_dtype: torch.dtype | None,
+) -> list[dict]:  # fmt: skip
+    """Empty `layers`, the layers of one block by name: prune each, in place, and free its sums.
 
-    `layers` has them by name, and is empty afterwards. For the rest, see `prune_model`.
+    Return what became of each. For the rest, see `prune_model`.
     """
     results = []
     for name in list(layers):
-        layer = layers.pop(name)  # so that its sums are freed before the next layer is pruned
+        layer = layers.pop(name)
         arguments = options(block, name)
         if arguments is not None:
-            with eval_ppl.note(f"block {block}: {name}"):
-                result = prune_layer(layer, partial(prune, **arguments))
-            results.append({"block": block, "name": name} | result)
+            with eval_ppl.note(f"layer {name}"):
+                result = prune_layer(layer, partial(prune, **arguments), stored_dtype)
+                results.append({"block": block, "name": name} | result)
     return results
 
 
-def prune_layer(layer: Layer, prune: Callable) -> dict:
+def prune_layer(layer: Layer, prune: Callable, stored_dtype: torch.dtype | None = None) -> dict:
     """Prune the weight of a layer, in place, with the method prune(weight, gram).
 
     Return its "shape", "sparsity", "error" and "num_tokens", as described in `prune_model`.
     """
     if not layer.gram.isfinite().all():
         raise ValueError("the inputs are NaN or infinite")
+    target = layer.weight.float()
+    if isinstance(layer.EtX, Tensor):  # only for the closing layer, if block-aware
+        target = correct_weight(target, layer.gram, layer.EtX)
     # The product is a copy for the method, contiguous also where the model has the weight
     # transposed. The row weights are 1.0 unless block-aware.
-    scaled = (layer.weight.float() * layer.row_weights).contiguous()
+    scaled = (target * layer.row_weights).contiguous()
     pruned = prune(scaled, layer.gram)
     if pruned.shape != scaled.shape or not pruned.is_floating_point():
         raise ValueError(
             f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
             f"but the weight is {tuple(scaled.shape)} {scaled.dtype}"
         )
-    pruned = (pruned / layer.row_weights).to(layer.weight.dtype)
+    # From here on, the values are those that are stored.
+    pruned = (pruned / layer.row_weights).to(stored_dtype or layer.weight.dtype)
     if not pruned.isfinite().all():
         raise ValueError(f"the pruned weights are NaN or overflow {pruned.dtype}")
     result = {
@@ -469,9 +516,8 @@ def prune_layer(layer: Layer, prune: Callable) -> dict:
 
 
 def prune_block_aware(
-    call: "BlockCall", states: list[Tensor], dense_states: list[Tensor], prune: Callable,
-    options: Callable,
-) -> tuple[list[dict], list[Tensor]]:  # fmt: skip
+    call: BlockCall, states: list[Tensor], dense_states: list[Tensor], prune_them: Callable
+) -> tuple[list[dict], list[Tensor]]:
     """Prune the layers of a block with a view to the hidden states after it. This is ours.
 
     The *closing layer* of a block is the layer whose output the block adds, unchanged, to the
@@ -482,33 +528,28 @@ def prune_block_aware(
     is no closing layer, all layers are weighed.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
-    model that is being pruned and in the dense model; for the rest, see `prune_model`.
+    model that is being pruned and in the dense model. prune_them(block, layers) is `prune_layers`
+    with its other arguments.
 
     Return what became of each layer, and the hidden states of the dense model after the block.
     """
     row_weights, closing_name = probe_block(call, dense_states)
-    dense_after = [to_host(call(before)[0]) for before in dense_states]
+    dense_after = [call(before)[0].to("cpu", copy=True) for before in dense_states]
 
     # As published, `states` are those of the model that is being pruned.
     layers = collect_layers(call, states, leave_out=closing_name)
     for name in layers:
         layers[name].row_weights = row_weights.get(name, 1.0)
-    results = prune_layers(call.index, layers, prune, options)
+    results = prune_them(call.index, layers)
 
     if closing_name is not None:
-        closing_layer = Layer()
+        closing_layer = Layer()  # without row weights, since all its outputs matter alike
         for before, wanted in zip(states, dense_after, strict=True):
             after, products = call(before)  # the closing layer is still dense
             E = wanted.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
             closing_layer.add(products[closing_name], E[0])
             products.clear()  # frees the copies of all X
-
-        # The correction is a part of the method, so that `prune_layer` still compares the result
-        # with the dense weight. It gets W itself, since the closing layer has no row weights.
-        def prune_corrected(weight: Tensor, gram: Tensor, **arguments) -> Tensor:
-            return prune(correct_weight(weight, gram, closing_layer.EtX), gram, **arguments)
-
-        results += prune_layers(call.index, {closing_name: closing_layer}, prune_corrected, options)
+        results += prune_them(call.index, {closing_name: closing_layer})
     return results, dense_after
 
 
@@ -535,17 +576,18 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
     return weight + 0.5 * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(damped)).T
 
 
+@eval_ppl.note("in the probe, a backward pass through the block")
 def probe_block(
-    call: "BlockCall", dense_states: list[Tensor]
+    call: BlockCall, dense_states: list[Tensor]
 ) -> tuple[dict[str, Tensor], str | None]:
     """Return the row weights of the layers of a dense block, and the name of its closing layer.
 
     The probe is a backward pass through the block. It starts from random signs z_k, 1 or -1, one at
     each entry h_k of the hidden states after the block, in place of the gradient of a loss. So the
     gradient at one entry y of the output of a layer is g = sum_k z_k dh_k/dy. Since the signs are
-    independent, the expectation is
+    independent,
 
-        E[g^2] = sum_k (dh_k/dy)^2,
+        the mean of g^2 is sum_k (dh_k/dy)^2,
 
     which says how far an error at y moves the hidden states after the block.
 
@@ -555,15 +597,15 @@ def probe_block(
         r_i^2 = s_i + mean(s).
 
     The mean draws r towards equal weights, since s is noisy. A method gets r W in place of W, and
-    its result is divided by r. For a given mask, the rows do not affect each other, so that r only
-    rounds. But in a ranking over the whole matrix, rows that matter more keep more entries.
-    (Rankings within a row, as Wanda's, stay the same. With a pattern, only the gradual mask of ADMM
-    ranks over the whole matrix.)
+    its result is divided by r. For a given mask, the rows do not affect each other, so that r
+    changes only the rounding. But in a ranking over the whole matrix, rows that matter more keep
+    more entries. (Rankings within a row, as Wanda's, stay the same. With a pattern, only the
+    gradual mask of ADMM ranks over the whole matrix.)
 
     The closing layer adds its output to the hidden states as it is, so that the gradient there is
-    equal to the signs. It is the last layer for which this is true (in any sequence), and needs no
-    row weights, since all its outputs move the hidden states alike. The name is None if there is
-    none, for example if a norm stands behind the last layer.
+    equal to the signs. Of the layers for which this is true, in at least one sequence of the probe,
+    it is the one called last. It needs no row weights, since all its outputs move the hidden states
+    alike. The name is None if there is none, for example if a norm stands behind the last layer.
 
     `dense_states` are the hidden states of the dense model before the block. The first 8 of them
     are used. Stacked experts have no row weights, since they get only some of the tokens.
@@ -580,12 +622,11 @@ def probe_block(
         edges = {name: p.edge for name, p in products.items() if p.edge is not None}
         products.clear()  # frees the copies of all X before the backward pass
         bits = torch.randint(2, after.shape, generator=generator, dtype=torch.int8, device="cpu")
-        signs = (2 * bits - 1).to(after)  # 1 and -1 are exact in each dtype
-        # `before` is added since autograd refuses an empty list, which a block of only experts has.
-        *gradients, _ = torch.autograd.grad(
-            after, [*edges.values(), before], signs, allow_unused=True
-        )
-        for name, gradient in zip(edges, gradients, strict=True):
+        signs = 2 * bits.to(after) - 1
+        # The gradient at `before` is not used. It is asked for since a block of only experts has no
+        # edges, and autograd refuses an empty list.
+        gradients = torch.autograd.grad(after, [*edges.values(), before], signs, allow_unused=True)
+        for name, gradient in zip(edges, gradients[:-1], strict=True):
             if gradient is not None:
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[name] += g.square().sum(0)
@@ -602,54 +643,42 @@ def probe_block(
 # -------------------------------------------------------------------------- inputs of the layers
 
 
-@dataclass
-class Product:
-    """A product X W^T within a block."""
-
-    weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
-    X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # The place of the product in autograd's graph, to ask for the gradient there. (The tensor would
-    # not do: if the block changes it in place, it stands for the changed values.) None: there is no
-    # gradient, or the layer is one of stacked experts.
-    edge: GradientEdge | None
-
-
 class ProductRecorder(torch.overrides.TorchFunctionMode):
     """While entered, records the products with the weights of a block, by name and in their order.
 
     A weight is that of a linear module, or that of an expert: transformers stacks the experts of a
-    mixture in one parameter, (experts, ..., ...), whose products hooks would not see. PyTorch
-    calls `__torch_function__` for each function of torch that is called inside the `with`, but not
-    for those that such a function calls in turn. So no product is recorded twice.
+    mixture in one parameter, (experts, ..., ...), whose products hooks would not see.
+
+    PyTorch calls `__torch_function__` in place of each function of torch that is called inside the
+    `with`, such as `linear`. It does not call it for those that such a function calls in turn, so
+    that no product is recorded twice.
     """
 
     def __init__(self, block: nn.Module):
         super().__init__()
         self.products: dict[str, Product] = {}
-        # (address, number of entries) of a weight -> name of the layer, and whether it is an
-        # expert. For example, x @ W.T has a new tensor W.T, but at the address of W. A slice W[:10]
-        # has the same address, but fewer entries.
-        self.weights: dict[tuple[int, int], tuple[str, bool]] = {}
+        # A weight is known by (address, number of entries). For example, x @ W.T has a new tensor
+        # W.T, but at the address of W. A slice W[:10] has the same address, but fewer entries.
+        self.names: dict[tuple[int, int], tuple[str, bool]] = {}  # name, and whether an expert
         for name, module in block.named_modules():
             # Conv1D is the linear layer of GPT-2. A weight that a module computes anew in each
             # forward is no parameter, and is left out.
             if isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)) and isinstance(
                 module.weight, nn.Parameter
             ):
-                key = (module.weight.data_ptr(), module.weight.numel())
-                self.weights[key] = (name, False)
+                self.names[module.weight.data_ptr(), module.weight.numel()] = (name, False)
         for name, parameter in block.named_parameters():
-            # A parameter of three dimensions is a stack of experts, unless one of them is 1, as in
-            # the depthwise convolution of Mamba, (channels, 1, width).
+            # This is a heuristic. Other parameters of three dimensions have one dimension of 1,
+            # such as the depthwise convolution of Mamba, (channels, 1, width).
             if parameter.ndim == 3 and min(parameter.shape) > 1:
                 for index, expert in enumerate(parameter):
-                    self.weights[expert.data_ptr(), expert.numel()] = (f"{name}.{index}", True)
+                    self.names[expert.data_ptr(), expert.numel()] = (f"{name}.{index}", True)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        # PyTorch gives x @ w, x.matmul(w) and torch.matmul(x, w) the same __name__. The factors are
-        # taken to be positional arguments. A factor with one dimension is no weight.
-        if function.__name__ == "linear":
+        # PyTorch gives x @ w, x.matmul(w) and torch.matmul(x, w) the same __name__. Factors that
+        # are keyword arguments are not seen. A factor with one dimension is no weight.
+        if function.__name__ == "linear" and len(args) > 1:
             self.add(args[0], args[1], output)
         elif function.__name__ in ("addmm", "mm", "bmm", "matmul") and args[-1].ndim > 1:
             # The last two arguments are X and W^T; before them, addmm has the bias.
@@ -657,53 +686,49 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         return output
 
     def add(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
-        """Add the product x @ weight.mT = output, if the weight is one of the block."""
-        # For a whole stack, this is the key of its expert 0: the same address, and the number of
-        # entries of one expert. Products of activations are not found.
-        key = (weight.data_ptr(), weight.shape[-2:].numel())
-        if key not in self.weights or weight.ndim > 3 or x.numel() == 0:
-            return  # no weight of the block, or an expert without tokens
+        """Add the product x @ weight.mT = output, if the weight is one of the block.
+
+        x is (..., in_features), and weight is (out_features, in_features) or a stack of experts.
+        """
         if weight.ndim == 3:
-            # Llama 4 multiplies all experts of a stack at once: x is (experts, tokens, in_features)
-            # and weight is (experts, out_features, in_features). Each expert has a row for every
-            # token, which is zero if the token goes elsewhere. So each expert is added by itself.
-            # (The output is only used for gradients, which are not wanted of experts.)
-            for x_of_expert, matrix in zip(x, weight, strict=True):
-                self.add(x_of_expert[x_of_expert.any(-1)], matrix, output)
+            self.add_experts(x, weight, output)
+        key = (weight.data_ptr(), weight.numel())
+        # An expert may have no tokens. A product of two weights, such as for a low rank, has no
+        # calibration inputs.
+        if (
+            weight.ndim != 2
+            or key not in self.names
+            or x.numel() == 0
+            or (x.data_ptr(), x.numel()) in self.names
+        ):
             return
-        name, is_expert = self.weights[key]
+        name, is_expert = self.names[key]
         if name in self.products:
             raise ValueError(f"a block cannot be pruned if it calls {name} more than once")
         self.products[name] = Product(
             weight=weight,
             X=x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True),
-            edge=None if is_expert or not output.requires_grad else get_gradient_edge(output),
+            # The edge stays that of the product, also if the block changes `output` in place.
+            edge=None
+            if is_expert or not output.requires_grad
+            else torch.autograd.graph.get_gradient_edge(output),
         )
+
+    def add_experts(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
+        """Add the products of all experts of a stack at once, as Llama 4 computes them.
+
+        x is (experts, tokens, in_features), and weight is (experts, out_features, in_features).
+        Each expert has a row for every token, which is 0 if the token goes elsewhere. Products of
+        other shapes are left out, so that their experts stay dense.
+        """
+        # A stack has the address of its first expert.
+        is_stack = (weight.data_ptr(), weight[0].numel()) in self.names
+        if is_stack and x.ndim == 3 and len(x) == len(weight):
+            for rows, matrix in zip(x, weight, strict=True):
+                self.add(rows[rows.any(-1)], matrix, output)
 
 
 # ---------------------------------------------------------------------------- calls of the blocks
-
-
-@dataclass
-class BlockCall:
-    """A decoder block, and what the model hands to it besides the hidden states, such as masks."""
-
-    index: int  # of the block
-    block: nn.Module
-    args: tuple  # positional arguments after the hidden states
-    kwargs: dict
-
-    def __call__(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
-        """Return the hidden states of one sequence after the block, given those before it.
-
-        Both are (1, seqlen, hidden_size). Also return the products X W^T in the block, by the name
-        of the layer.
-        """
-        # A copy, since a block may change its input in place.
-        before = before.to(next(self.block.parameters()).device, copy=True)
-        with ProductRecorder(self.block) as recorder:
-            output = self.block(before, *self.args, **self.kwargs)
-        return states_of(output), recorder.products
 
 
 def states_of(output: Tensor | tuple) -> Tensor:
@@ -711,26 +736,27 @@ def states_of(output: Tensor | tuple) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def to_host(states: Tensor) -> Tensor:
-    """Return a copy on the host, in pinned memory if it comes from a GPU, for faster copies."""
-    return torch.empty(
-        states.shape, dtype=states.dtype, device="cpu", pin_memory=states.is_cuda
-    ).copy_(states)
-
-
 class StopForward(Exception):
     """Ends the forward of a model before its first block."""
 
 
-def embed(model: PreTrainedModel, tokens: Tensor, device: torch.device) -> list[Tensor]:
-    """Return the hidden states of each sequence before block 0, on the host."""
+def embed(
+    model: transformers.PreTrainedModel, tokens: Tensor, device: torch.device
+) -> list[Tensor]:
+    """Return the hidden states of each sequence before block 0, on the host.
+
+    Raise a ValueError unless they are the first positional argument of the block.
+    """
     states = []
 
     def stop(block, args):
-        states.append(to_host(args[0]))
+        if not args:
+            raise ValueError("the blocks do not get hidden states as their first argument")
+        states.append(args[0].to("cpu", copy=True))
         raise StopForward
 
     with (
+        eval_ppl.note("while computing the hidden states before block 0"),
         # This hook comes first, so that it stops the forward before that of `offload_blocks` moves
         # block 0 to the device.
         eval_ppl.find_blocks(model)[0].register_forward_pre_hook(stop),
@@ -742,55 +768,69 @@ def embed(model: PreTrainedModel, tokens: Tensor, device: torch.device) -> list[
     return states
 
 
-def checked_calls(model: PreTrainedModel, tokens: Tensor, device: torch.device) -> list[BlockCall]:
-    """Return the calls of all blocks, with the arguments that they get for the first sequence.
+def record_calls(
+    model: transformers.PreTrainedModel, ids: Tensor, device: torch.device
+) -> tuple[list[BlockCall], list[Tensor]]:
+    """Return the calls of all blocks for one sequence, (1, seqlen), in the model's own forward.
 
-    Blocks are taken to get their hidden states as the first positional argument. Raise a ValueError
-    unless each block, called by itself with the model's own hidden states before it, gives the
-    model's own hidden states after it, and calls no layer twice. A second sequence is tested with
-    the arguments of the first, too, since all sequences are assumed to get the same ones.
+    Also return the model's own hidden states on the host: those before block 0, and those after
+    each block. Raise a ValueError unless the model calls its blocks one after the other.
     """
     blocks = list(eval_ppl.find_blocks(model))
-    # The last sequence is reversed, so that it differs from the first even if it is the only one.
-    two_sequences = torch.cat([tokens[:1], tokens[-1:].flip(1)])
-    # Of all blocks for the first sequence, then of all blocks for the second:
     calls = []
-    own_after = []  # the model's own hidden states
+    states = embed(model, ids, device)
 
     def keep(block, args, kwargs, output):
         calls.append(BlockCall(len(calls), block, args[1:], kwargs))
-        own_after.append(to_host(states_of(output)))
+        states.append(states_of(output).to("cpu", copy=True))
 
-    with eval_ppl.offload_blocks(model, device), ExitStack() as hooks:
+    with (
+        eval_ppl.note("while calling the whole model once"),
+        eval_ppl.offload_blocks(model, device),
+        ExitStack() as hooks,
+    ):
         for block in blocks:
             hooks.enter_context(block.register_forward_hook(keep, with_kwargs=True))
-        for ids in two_sequences.split(1):
-            model(ids.to(device), use_cache=False)
-    if [call.block for call in calls] != blocks + blocks:
+        model(ids.to(device), use_cache=False)
+    if [call.block for call in calls] != blocks:
         raise ValueError(f"the model does not call its {len(blocks)} blocks one after the other")
-    calls = calls[: len(blocks)]  # those of the first sequence; `own_after` keeps both
-    before = embed(model, two_sequences, device)
+    return calls, states
+
+
+def checked_calls(
+    model: transformers.PreTrainedModel, tokens: Tensor, device: torch.device
+) -> list[BlockCall]:
+    """Return the calls of all blocks for the first sequence.
+
+    Raise a ValueError unless each block, called by itself with the model's own hidden states before
+    it, gives the model's own hidden states after it, and calls no layer twice. This is checked for
+    two sequences, both with the arguments that the blocks get for the first one, since all
+    sequences are assumed to get the same ones.
+    """
+    calls, first_states = record_calls(model, tokens[:1], device)
+    # The last sequence is reversed, so that it differs from the first even if it is the only one.
+    _, second_states = record_calls(model, tokens[-1:].flip(1), device)
     # On a CPU, the difference is 0. The tolerance is for other orders of sums, as on a GPU.
     tolerance = 5e-3 if model.dtype in (torch.float16, torch.bfloat16) else 5e-5
-    for call, own_first, own_second in zip(
-        tqdm(calls, "checking blocks"),
-        own_after[: len(blocks)],
-        own_after[len(blocks) :],
-        strict=True,
-    ):
+    for call in tqdm(calls, "checking blocks"):
         # Both sequences go through a block before the next block, as they do in pruning. A block
         # may leave data for later blocks outside of its output, such as in an attribute. Then the
         # next block uses those of the second sequence for the first one, too, and the check fails.
-        with eval_ppl.moved(eval_ppl.tensors_of(call.block), device):
-            after = torch.cat([call(states)[0].cpu() for states in before])
-        difference = relative_difference(after, torch.cat([own_first, own_second]))
+        with (
+            eval_ppl.note(f"while checking block {call.index}"),
+            eval_ppl.moved(eval_ppl.tensors_of(call.block), device),
+        ):
+            after = [call(states[call.index])[0].cpu() for states in (first_states, second_states)]
+        difference = relative_difference(
+            torch.cat(after),
+            torch.cat([first_states[call.index + 1], second_states[call.index + 1]]),
+        )
         if not difference <= tolerance:  # also true for NaN
             raise ValueError(
                 "the model cannot be pruned block by block: the hidden states after block "
                 f"{call.index} differ by {difference:.2g} if it is called alone (nan: its "
                 "weights or states are not finite)"
             )
-        before = [own_first, own_second]
     return calls
 
 
@@ -855,21 +895,46 @@ def calibration_tokens(
 
 
 def prune_and_save(args: argparse.Namespace) -> None:
-    """Prune the model of the command line and save it, the whole output folder or nothing."""
-    start = time.time()
+    """Prune the model of the command line, and save it in a new folder.
+
+    What can fail comes first: the folder is made and gets the tokenizer before a layer is pruned.
+    The weights come last. So a folder that a loader takes for a model is complete.
+    """
     method = f"{args.method}-block-aware" if args.block_aware else args.method
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
+    # This refuses an invalid amount.
+    select_mask(torch.ones(1, args.pattern[1] if args.pattern else 1), args.sparsity, args.pattern)
     name = Path(args.model).resolve().name.removesuffix(".gguf")
     folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
-    # `--model smollm2` means the package, not a folder of this name.
-    if folder.exists() or folder.is_symlink() or str(folder) == "smollm2":
-        raise ValueError(f"{folder} exists, or is the name of a model; choose another --save")
-    if not (folder.parent.is_dir() and os.access(folder.parent, os.W_OK)):
-        raise ValueError(f"{folder.parent} is no folder to write to; choose another --save")
+    with eval_ppl.note(
+        "choose another --save, or delete that folder; if it has neither model.safetensors nor its "
+        "index, the run that made it was killed, or still goes on"
+    ):
+        folder.mkdir()
+    try:
+        model, report = load_and_prune(args, folder)
+    except BaseException:
+        shutil.rmtree(folder)  # no model is in it yet
+        raise
+    try:
+        (folder / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
+    finally:  # a report that cannot be written costs no model
+        model.save_pretrained(folder)
+    print(f"{describe_zeros(model)}; wrote {folder}; next: python eval_ppl.py --model {folder}")
+
+
+def load_and_prune(
+    args: argparse.Namespace, folder: Path
+) -> tuple[transformers.PreTrainedModel, dict]:
+    """Return the pruned model of the command line, with the dtypes of its checkpoint, and a report.
+
+    The tokenizer is saved in the folder before the model is loaded.
+    """
     device = eval_ppl.select_device(args.device)
     tokenizer, bos = eval_ppl.load_tokenizer(args.model, args.seqlen, args.bos)
+    tokenizer.save_pretrained(folder)
     print(
-        f"pruning {args.model} by {method} to {amount} on {device},",
+        f"pruning {args.model} into {folder} on {device},",
         f"with {args.nsamples} x {args.seqlen} tokens of {args.calibration}",
         f"(BOS in each: {bos is not None})",
         flush=True,
@@ -879,12 +944,10 @@ def prune_and_save(args: argparse.Namespace) -> None:
     )
     model = eval_ppl.load_model(args.model, args.dtype)
     needed = sum(parameter.nbytes for parameter in model.parameters())
-    free = shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise ValueError(
-            f"{folder} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB"
-        )
-    # A checkpoint may mix dtypes. Each tensor gets back its own before saving.
+    if needed > shutil.disk_usage(folder).free:
+        raise ValueError(f"the disk of {folder} has no room for {needed / 1e9:.1f} GB")
+    stored_dtype = model.dtype
+    # A checkpoint may mix dtypes. Each tensor gets back its own in the end.
     stored_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     if args.dtype == "auto" and device.type == "cpu":
         model.float()  # a CPU is slow in 16 bits
@@ -894,36 +957,25 @@ def prune_and_save(args: argparse.Namespace) -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": model.dtype,
     }
-    prune = partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern)
-    linears = prune_model(model, tokens, prune, args.block_aware, device)
+    layers = prune_model(
+        model,
+        tokens,
+        partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern),
+        args.block_aware,
+        device,
+        stored_dtype=stored_dtype,
+    )
     for name, tensor in model.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(stored_dtypes[name])
-    report = {
+        tensor.data = tensor.data.to(stored_dtypes[name])  # in place, so that ties stay
+    return model, {
         "arguments": vars(args) | used,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "linears": linears,
+        "gpu_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "layers": layers,
     }
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    # The output is renamed once it is complete. If saving fails, nothing is left behind. If the new
-    # name was taken meanwhile, the complete model stays where it is.
-    unfinished = folder.with_name(f"{folder.name}-{os.getpid()}.partial")
-    try:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        (unfinished / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    with eval_ppl.note(f"the pruned model is in {unfinished}"):
-        unfinished.rename(folder)
-    print(
-        f"{describe_zeros(model)}; {(time.time() - start) / 60:.1f} minutes,",
-        f"{peak:.1f} GiB of CUDA memory",
-    )
-    print(f"wrote {folder}; next: python eval_ppl.py --model {folder}")
 
 
-def describe_zeros(model: PreTrainedModel) -> str:
+def describe_zeros(model: transformers.PreTrainedModel) -> str:
     """Return a text: the share of zeros in all matrices of the blocks, and which ones are dense.
 
     A name is called dense if in any block less than 1 % of the matrix is zero. A stack of experts
@@ -940,23 +992,18 @@ def describe_zeros(model: PreTrainedModel) -> str:
         for name, matrix in matrices.items()
         if zeros[name] < 0.01 * matrix.numel()
     }
-    entries = sum(matrix.numel() for matrix in matrices.values())
-    share = f"{sum(zeros.values()) / entries:.2%} of {entries:,} weights are zero"
-    return f"{share} (dense: {', '.join(sorted(dense))})" if dense else share
+    share = sum(zeros.values()) / sum(matrix.numel() for matrix in matrices.values())
+    return f"{share:.2%} of weights are zero (dense: {', '.join(sorted(dense)) or 'none'})"
 
 
 def n_of_m(text: str) -> tuple[int, int]:
     """Return (N, M) for the text "N:M"."""
-    N, _, M = text.partition(":")
-    if not (N.isdecimal() and M.isdecimal() and 0 < int(N) <= int(M)):
-        raise argparse.ArgumentTypeError(f"must be N:M with 0 < N <= M, such as 2:4, got {text}")
+    N, M = text.split(":")
     return int(N), int(M)
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    cli = argparse.ArgumentParser(description="Prune a causal language model, layer by layer.")
     cli.add_argument("--model", required=True, help=eval_ppl.MODEL_HELP)
     amount = cli.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros; default: 0.5")
@@ -977,13 +1024,13 @@ def main() -> None:
     )
     cli.add_argument("--seed", type=int, default=0, help="selects the calibration text; default: 0")
     cli.add_argument(
-        "--save", type=Path, help="output folder; default: named by model, method and amount"
+        "--save", type=Path, help="new output folder; default: named by model, method and amount"
     )
     eval_ppl.add_common_arguments(cli)
     args = cli.parse_args()
-    if not 0 <= args.sparsity < 1 or args.nsamples < 1 or args.seqlen < 2:
-        cli.error("needed: 0 <= --sparsity < 1, --nsamples at least 1, --seqlen at least 2")
-    with eval_ppl.one_line_errors("admm_prune.py"):
+    if args.nsamples < 1 or args.seqlen < 2 or not 0 <= args.seed < 2**63:
+        cli.error("needed: --nsamples at least 1, --seqlen at least 2, 0 <= --seed < 2**63")
+    with eval_ppl.whole_messages("admm_prune.py"):
         prune_and_save(args)
 
 

@@ -129,7 +129,9 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device  # with its index, such as cuda:0 for "cuda"
+        empty = torch.empty(0, device=name)
+        empty.cpu()  # fails for "meta"
+        return empty.device  # with its index, such as cuda:0 for "cuda"
     except (AssertionError, RuntimeError) as error:  # it depends on how PyTorch was built
         raise ValueError(f"device {name} cannot be used: {error}") from error
 
@@ -153,10 +155,10 @@ def check_fits(config, seqlen: int, largest_token: int = 0) -> None:
 def locate(name: str) -> dict:
     """Return the arguments of `from_pretrained` that say where a model is.
 
-    `name` is a hub id, a folder, a .gguf file, or "smollm2".
+    `name` is a hub id, a folder, a .gguf file, or "smollm2", unless that is a folder.
     """
     path = Path(name)
-    if name == "smollm2":
+    if name == "smollm2" and not path.is_dir():
         # An ImportError if the package is not installed.
         [path] = [
             file.locate()
@@ -181,9 +183,10 @@ def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
 
     Raises: ValueError if the model has fewer positions than `seqlen`, or no BOS token.
     """
-    config = transformers.AutoConfig.from_pretrained(**locate(name))
-    check_fits(config, seqlen)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**locate(name))
+    with note(f"while reading the configuration and the tokenizer of {name}"):
+        config = transformers.AutoConfig.from_pretrained(**locate(name))
+        check_fits(config, seqlen)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**locate(name))
     if bos is None:
         bos = "gemma" in config.model_type
     if bos and tokenizer.bos_token_id is None:
@@ -229,8 +232,11 @@ def read_text(source: str, split: str) -> str:
         return text[: len(text) // 2] if split == "train" else text[len(text) // 2 :]
     with note(f"while reading {source}; a text file in UTF-8 can be given instead"):
         if source == "wikitext2":
-            rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-            return "\n\n".join(rows["text"])
+            return "\n\n".join(
+                datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)[
+                    "text"
+                ]
+            )
         return Path(source).read_text(encoding="utf-8-sig")  # with or without a byte order mark
 
 
@@ -272,19 +278,24 @@ def note(text: str):
 
 
 @contextmanager
-def one_line_errors(program: str):
-    """Exit with one line for what arguments, files or memory cause; let other errors through.
+def whole_messages(program: str):
+    """Exit with the message and the notes of an error, but without its traceback.
 
-    A ValueError may also be a bug of this program. In Python's development mode, all errors have
-    their traceback.
+    This is for errors that arguments, files, the network, memory or numbers cause. Their types may
+    also be those of a bug of this program, so Python's development mode shows the traceback.
     """
     try:
         yield
-    except (ValueError, OSError, ImportError, SafetensorError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         if sys.flags.dev_mode:
             raise
-        parts = [str(error).strip().partition("\n")[0], *getattr(error, "__notes__", [])]
-        sys.exit(f"{program}: {'; '.join(parts)} (python -X dev shows the traceback)")
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            error.add_note(
+                "a shorter --seqlen needs less memory, on the host also fewer --nsamples; "
+                "--device cpu needs no GPU"
+            )
+        lines = [f"{program}: {error}", *getattr(error, "__notes__", [])]
+        sys.exit("\n".join([*lines, "(python -X dev shows the traceback)"]))
 
 
 def add_common_arguments(cli: argparse.ArgumentParser) -> None:
@@ -306,7 +317,7 @@ def add_common_arguments(cli: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     cli = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description="Print the perplexity of a causal language model on a text."
     )
     cli.add_argument("--model", required=True, help=MODEL_HELP)
     cli.add_argument(
@@ -317,7 +328,7 @@ def main() -> None:
     args = cli.parse_args()
     if args.seqlen < 2 or (args.limit is not None and args.limit < 1):
         cli.error("needed: --seqlen at least 2, --limit at least 1")
-    with one_line_errors("eval_ppl.py"):
+    with whole_messages("eval_ppl.py"):
         device = select_device(args.device)
         tokenizer, bos = load_tokenizer(args.model, args.seqlen, args.bos)
         windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit, bos)
