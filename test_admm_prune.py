@@ -919,26 +919,6 @@ def test_what_goes_wrong_in_a_layer_names_it_and_keeps_its_type():
 # -------------------------------------------------------------------------------------------- GPU
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_sums_over_tokens_are_in_tf32_for_models_of_16_bits(dtype, monkeypatch):
-    # A setting of the caller's own is kept.
-    seen = []
-    settings = torch.backends.cuda.matmul
-
-    def look(A, X):
-        seen.append(settings.fp32_precision)
-        return 0
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", look)
-    product = ap.Product(torch.ones(1, 1, dtype=dtype), torch.ones(1, 1), None)
-    for before in ("ieee", "tf32", "none"):
-        settings.fp32_precision = before
-        ap.Layer().add(product, torch.ones(1, 1))
-        assert settings.fp32_precision == before
-    # of G and of E^T X
-    assert seen[::2] == seen[1::2] == ["ieee", "tf32", "none" if dtype == torch.float32 else "tf32"]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0.02), (torch.bfloat16, 0.25)])
 @pytest.mark.parametrize("block_aware", [False, True])
@@ -1318,31 +1298,6 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_is_the_same(folder, tmp_
     assert report["arguments"]["method"] == "admm-grad"
     assert {round(row["sparsity"], 2) for row in report["linears"]} == {0.7}
     assert hf.AutoConfig.from_pretrained(out).dtype == torch.float16
-
-
-def test_a_folder_that_appears_meanwhile_costs_no_result(folder, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    save = hf.PreTrainedTokenizerFast.save_pretrained
-
-    def other_run(*args):
-        (out / "model").mkdir(parents=True)
-        return save(*args)
-
-    monkeypatch.setattr(hf.PreTrainedTokenizerFast, "save_pretrained", other_run)
-    told = run(monkeypatch, folder, "--save", out)
-    [unfinished] = tmp_path.glob("*.partial")
-    assert f"; the pruned model is in {unfinished} (" in told
-    assert hf.AutoModelForCausalLM.from_pretrained(unfinished).dtype == torch.bfloat16
-    assert (unfinished / "pruning_report.json").exists()
-
-
-def test_a_save_that_fails_leaves_nothing_behind(folder, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(hf.PreTrainedTokenizerFast, "save_pretrained", fail)
-    told = run(monkeypatch, folder, "--save", tmp_path / "out")
-    assert told.startswith("admm_prune.py: no space left") and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------- end to end
