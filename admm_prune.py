@@ -2,7 +2,8 @@
 
     python admm_prune.py --model facebook/opt-6.7b --sparsity 0.5    # as published
     python admm_prune.py --model Qwen/Qwen3-8B --sparsity 0.6 --block-aware
-    python admm_prune.py --model smollm2 --calibration help --nsamples 3 --seqlen 512    # offline
+    # Offline, with a small model from a package and the text of Python's help:
+    python admm_prune.py --model smollm2 --calibration help --nsamples 3 --seqlen 512
 
 For each linear layer with weight W and calibration inputs X, we look for a sparse W' that minimises
 
@@ -15,11 +16,12 @@ each block, as its section explains. README.md has what it gains, and where it l
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
-loop over the decoder blocks, with `prune_layer`. Solver and loop are the published algorithm, but
-for a floor of small norms in the solver, and for lines that are marked as block-aware. Block-aware
-pruning has a section of its own. Then come the machinery (how the inputs of layers are recorded,
-and blocks called one by one), the calibration text and the command line. eval_ppl.py measures
-perplexity, and has what both programs need, such as devices and loading.
+loop over the decoder blocks, with `prune_layer`. Solver and loop are the published algorithm, with
+two exceptions: the solver does not let the norm of a feature fall below 1 % of their mean, and a
+few lines are marked as block-aware. Block-aware pruning has a section of its own. Then come the
+machinery (how the inputs of layers are recorded, and blocks called one by one), the calibration
+text and the command line. eval_ppl.py measures perplexity, and has what both programs need, such as
+devices and loading.
 """
 
 import argparse
@@ -62,8 +64,8 @@ def prune_weight(
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and all steps then only optimise the values of these entries.
-        damping: what is added to the diagonal of the scaled Gram matrix, which is 1, is damping *
-            (share of features that are ever active).
+        damping: damping * (share of features that are ever active) is added to the diagonal of the
+            scaled Gram matrix. (Before, all entries of this diagonal are 1.)
         rho: penalty, for features that are scaled to norm 1.
         growing_steps: steps in which the share of zeros grows to its final value; at least 1.
         moving_steps: further steps in which the mask is still selected anew. The authors' released
@@ -90,10 +92,11 @@ def prune_weight(
     # The paper's damping is a share of the mean of the scaled diagonal. Without our floor, this
     # diagonal is 1 for active features and 0 for others, so its mean is the share of active ones.
     active_share = float((gram.diagonal() > 0).float().mean())
+    # d^2 is the diagonal of G, but for the floor.
     H = gram.diagonal_scatter((1 + damping * active_share) * d**2)  # (in, in)
-    # From here on, each line works in the memory of H.
+    # The next lines work in the memory of H, which saves four matrices of its size.
     A = H.div_(d).div_(d[:, None])
-    A.diagonal().add_(rho)
+    A.diagonal().add_(rho)  # now A + rho I
     R = invert_(A).mul_(rho)  # rho (A + rho I)^-1
     W0 = weight.float() * d  # (out, in)
 
@@ -137,6 +140,7 @@ def invert_(A: Tensor) -> Tensor:
     """Replace a positive definite matrix by its inverse, in its own memory, and return it."""
     L = torch.linalg.cholesky(A)  # A = L L^T, so that A^-1 = L^-T L^-1
     A.zero_().fill_diagonal_(1)
+    # PyTorch lets the right-hand side and `out` be the same tensor.
     torch.linalg.solve_triangular(L, A, upper=False, out=A)
     return torch.linalg.solve_triangular(L.mT, A, upper=True, out=A)
 
@@ -272,8 +276,9 @@ class Product:
 
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # The place of the product in autograd's graph, to ask for the gradient there. None: there is no
-    # gradient, or the layer is one of stacked experts.
+    # For `probe_block`: the place of the output in autograd's graph, to ask for the gradient there.
+    # It stays that of the product, also if the block changes the output in place. None: there is no
+    # gradient, or the layer is one of stacked experts, which have no row weights.
     edge: torch.autograd.graph.GradientEdge | None
 
 
@@ -318,9 +323,9 @@ class Layer:
         """
         self.weight = product.weight
         self.num_tokens += len(product.X)
-        # If the model has 16 bits, X has numbers of 16 bits. TF32 multiplies these exactly, and an
-        # A100 is eight times as fast in it as in float32. Only E is rounded, to 11 bits.
-        # `flags` sets PyTorch's precision of float32 products inside the `with`. None leaves it.
+        # A weight of 16 bits has inputs of 16 bits. TF32 multiplies these exactly, and an A100 is
+        # eight times as fast in it as in float32. (E is rounded to 11 bits.) For a weight of 32
+        # bits, None leaves PyTorch's precision as it is.
         with torch.backends.flags("tf32" if product.weight.element_size() == 2 else None):
             self.gram += product.X.T @ product.X
             if E is not None:
@@ -464,9 +469,10 @@ def prune_layers(
     block: int, layers: dict[str, Layer], prune: Callable, options: Callable,
     stored_dtype: torch.dtype | None,
 ) -> list[dict]:  # fmt: skip
-    """Empty `layers`, the layers of one block by name: prune each, in place, and free its sums.
+    """Prune the layers of one block, in place, and return what became of each.
 
-    Return what became of each. For the rest, see `prune_model`.
+    `layers` has them by name. It is emptied, so that the sums of a layer are freed before the next
+    one is pruned. For the rest, see `prune_model`.
     """
     results = []
     for name in list(layers):
@@ -489,7 +495,7 @@ def prune_layer(layer: Layer, prune: Callable, stored_dtype: torch.dtype | None 
     target = layer.weight.float()
     if isinstance(layer.EtX, Tensor):  # only for the closing layer, if block-aware
         target = correct_weight(target, layer.gram, layer.EtX)
-    # The product is a copy for the method, contiguous also where the model has the weight
+    # A copy, which the method may change, contiguous also where the model has the weight
     # transposed. The row weights are 1.0 unless block-aware.
     scaled = (target * layer.row_weights).contiguous()
     pruned = prune(scaled, layer.gram)
@@ -536,7 +542,6 @@ def prune_block_aware(
     row_weights, closing_name = probe_block(call, dense_states)
     dense_after = [call(before)[0].to("cpu", copy=True) for before in dense_states]
 
-    # As published, `states` are those of the model that is being pruned.
     layers = collect_layers(call, states, leave_out=closing_name)
     for name in layers:
         layers[name].row_weights = row_weights.get(name, 1.0)
@@ -597,14 +602,14 @@ def probe_block(
         r_i^2 = s_i + mean(s).
 
     The mean draws r towards equal weights, since s is noisy. A method gets r W in place of W, and
-    its result is divided by r. For a given mask, the rows do not affect each other, so that r
-    changes only the rounding. But in a ranking over the whole matrix, rows that matter more keep
-    more entries. (Rankings within a row, as Wanda's, stay the same. With a pattern, only the
-    gradual mask of ADMM ranks over the whole matrix.)
+    its result is divided by r. Row weights matter only where a mask is ranked over the whole
+    matrix: rows that matter more then keep more entries. (Rankings within a row, as Wanda's, stay
+    the same, and so do the best values for a given mask. With a pattern, only the gradual mask of
+    ADMM ranks over the whole matrix.)
 
     The closing layer adds its output to the hidden states as it is, so that the gradient there is
-    equal to the signs. Of the layers for which this is true, in at least one sequence of the probe,
-    it is the one called last. It needs no row weights, since all its outputs move the hidden states
+    equal to the signs. It is the layer called last of those for which this is true. (One sequence
+    of the probe is enough.) It needs no row weights, since all its outputs move the hidden states
     alike. The name is None if there is none, for example if a norm stands behind the last layer.
 
     `dense_states` are the hidden states of the dense model before the block. The first 8 of them
@@ -678,9 +683,13 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         output = function(*args, **(kwargs or {}))
         # PyTorch gives x @ w, x.matmul(w) and torch.matmul(x, w) the same __name__. Factors that
         # are keyword arguments are not seen. A factor with one dimension is no weight.
-        if function.__name__ == "linear" and len(args) > 1:
+        if len(args) > 1 and function.__name__ == "linear":
             self.add(args[0], args[1], output)
-        elif function.__name__ in ("addmm", "mm", "bmm", "matmul") and args[-1].ndim > 1:
+        elif (
+            len(args) > 1
+            and function.__name__ in ("addmm", "mm", "bmm", "matmul")
+            and args[-1].ndim > 1
+        ):
             # The last two arguments are X and W^T; before them, addmm has the bias.
             self.add(args[-2], args[-1].mT, output)
         return output
@@ -690,29 +699,25 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
 
         x is (..., in_features), and weight is (out_features, in_features) or a stack of experts.
         """
+        key = (weight.data_ptr(), weight.numel())
         if weight.ndim == 3:
             self.add_experts(x, weight, output)
-        key = (weight.data_ptr(), weight.numel())
-        # An expert may have no tokens. A product of two weights, such as for a low rank, has no
-        # calibration inputs.
-        if (
-            weight.ndim != 2
-            or key not in self.names
-            or x.numel() == 0
-            or (x.data_ptr(), x.numel()) in self.names
+        elif (
+            weight.ndim == 2
+            and key in self.names
+            and x.numel() > 0  # an expert may have no tokens
+            and (x.data_ptr(), x.numel()) not in self.names  # no product of two weights
         ):
-            return
-        name, is_expert = self.names[key]
-        if name in self.products:
-            raise ValueError(f"a block cannot be pruned if it calls {name} more than once")
-        self.products[name] = Product(
-            weight=weight,
-            X=x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True),
-            # The edge stays that of the product, also if the block changes `output` in place.
-            edge=None
-            if is_expert or not output.requires_grad
-            else torch.autograd.graph.get_gradient_edge(output),
-        )
+            name, is_expert = self.names[key]
+            if name in self.products:
+                raise ValueError(f"a block cannot be pruned if it calls {name} more than once")
+            self.products[name] = Product(
+                weight=weight,
+                X=x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True),
+                edge=torch.autograd.graph.get_gradient_edge(output)
+                if output.requires_grad and not is_expert
+                else None,
+            )
 
     def add_experts(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
         """Add the products of all experts of a stack at once, as Llama 4 computes them.
@@ -721,7 +726,8 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         Each expert has a row for every token, which is 0 if the token goes elsewhere. Products of
         other shapes are left out, so that their experts stay dense.
         """
-        # A stack has the address of its first expert.
+        # A stack has the address of its first expert. (The .mT of a stack that is stored transposed
+        # has it, too.) `output` is that of all experts, but is not used for an expert.
         is_stack = (weight.data_ptr(), weight[0].numel()) in self.names
         if is_stack and x.ndim == 3 and len(x) == len(weight):
             for rows, matrix in zip(x, weight, strict=True):
@@ -757,8 +763,7 @@ def embed(
 
     with (
         eval_ppl.note("while computing the hidden states before block 0"),
-        # This hook comes first, so that it stops the forward before that of `offload_blocks` moves
-        # block 0 to the device.
+        # This hook comes before that of `offload_blocks`, which would move block 0 to the device.
         eval_ppl.find_blocks(model)[0].register_forward_pre_hook(stop),
         eval_ppl.offload_blocks(model, device),
     ):
@@ -800,22 +805,23 @@ def record_calls(
 def checked_calls(
     model: transformers.PreTrainedModel, tokens: Tensor, device: torch.device
 ) -> list[BlockCall]:
-    """Return the calls of all blocks for the first sequence.
+    """Return the calls of all blocks for the first sequence, which serve for all sequences.
 
     Raise a ValueError unless each block, called by itself with the model's own hidden states before
-    it, gives the model's own hidden states after it, and calls no layer twice. This is checked for
-    two sequences, both with the arguments that the blocks get for the first one, since all
-    sequences are assumed to get the same ones.
+    it, gives the model's own hidden states after it. This is checked for two sequences, both with
+    the arguments that the blocks get for the first one. (If a block calls a layer twice, the call
+    itself raises a ValueError.)
     """
+    # Hidden states by block: those before block 0, after it, after block 1, and so on.
     calls, first_states = record_calls(model, tokens[:1], device)
     # The last sequence is reversed, so that it differs from the first even if it is the only one.
     _, second_states = record_calls(model, tokens[-1:].flip(1), device)
     # On a CPU, the difference is 0. The tolerance is for other orders of sums, as on a GPU.
     tolerance = 5e-3 if model.dtype in (torch.float16, torch.bfloat16) else 5e-5
     for call in tqdm(calls, "checking blocks"):
-        # Both sequences go through a block before the next block, as they do in pruning. A block
-        # may leave data for later blocks outside of its output, such as in an attribute. Then the
-        # next block uses those of the second sequence for the first one, too, and the check fails.
+        # Both sequences go through a block before the next block, as they do in pruning. If a block
+        # leaves data for later blocks outside of its output, such as in an attribute, these are
+        # then data of the second sequence for both, and the check fails.
         with (
             eval_ppl.note(f"while checking block {call.index}"),
             eval_ppl.moved(eval_ppl.tensors_of(call.block), device),
@@ -898,7 +904,9 @@ def prune_and_save(args: argparse.Namespace) -> None:
     """Prune the model of the command line, and save it in a new folder.
 
     What can fail comes first: the folder is made and gets the tokenizer before a layer is pruned.
-    The weights come last. So a folder that a loader takes for a model is complete.
+    The weights come last. (`save_pretrained` renames model.safetensors once it is complete, and
+    writes the index of several such files after them.) So a folder that a loader takes for a model
+    is complete.
     """
     method = f"{args.method}-block-aware" if args.block_aware else args.method
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
@@ -926,7 +934,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
 def load_and_prune(
     args: argparse.Namespace, folder: Path
 ) -> tuple[transformers.PreTrainedModel, dict]:
-    """Return the pruned model of the command line, with the dtypes of its checkpoint, and a report.
+    """Return the pruned model of the command line, in the dtypes of its loading, and a report.
 
     The tokenizer is saved in the folder before the model is loaded.
     """
@@ -946,10 +954,11 @@ def load_and_prune(
     needed = sum(parameter.nbytes for parameter in model.parameters())
     if needed > shutil.disk_usage(folder).free:
         raise ValueError(f"the disk of {folder} has no room for {needed / 1e9:.1f} GB")
-    stored_dtype = model.dtype
     # A checkpoint may mix dtypes. Each tensor gets back its own in the end.
-    stored_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    loaded_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    stored_dtype = None
     if args.dtype == "auto" and device.type == "cpu":
+        stored_dtype = model.dtype
         model.float()  # a CPU is slow in 16 bits
     used = {  # in place of the arguments of the same names
         "sparsity": None if args.pattern else args.sparsity,
@@ -966,7 +975,7 @@ def load_and_prune(
         stored_dtype=stored_dtype,
     )
     for name, tensor in model.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(stored_dtypes[name])  # in place, so that ties stay
+        tensor.data = tensor.data.to(loaded_dtypes[name])  # in place, so that ties stay
     return model, {
         "arguments": vars(args) | used,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -1017,7 +1026,9 @@ def main() -> None:
         help="prune for the hidden states after each block; recommended",
     )
     cli.add_argument(
-        "--calibration", default="c4", help="c4 (the default), wikitext2, help or a text file"
+        "--calibration",
+        default="c4",
+        help="c4 (the default), wikitext2, help (Python's own, offline) or a text file",
     )
     cli.add_argument(
         "--nsamples", type=int, default=128, help="calibration sequences; default: 128"
