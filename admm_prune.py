@@ -78,8 +78,8 @@ def prune_weight(
     """
     if mask is not None and mask.shape != weight.shape:
         raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
-    if growing_steps < 1:
-        raise ValueError(f"growing_steps must be at least 1, got {growing_steps}")
+    if growing_steps < 1 or min(moving_steps, frozen_steps) < 0:
+        raise ValueError("needed: growing_steps at least 1, the other steps at least 0")
     gram = gram.float()
     # Feature j is divided by its norm d_j, so that one rho suits all features. Column j of W is
     # multiplied by it, so that the outputs stay the same. The first mask ranks the entries of
@@ -234,8 +234,7 @@ def wanda(
     ||x|| is the norm of an input feature (Sun et al., ICLR 2024, arXiv 2306.11695).
     """
     if pattern is None:
-        # Each row is one group, of which at least one entry is kept. (`select_mask` then only
-        # checks `sparsity`.)
+        # Each row is one group, of which at least one entry is kept.
         in_features = weight.shape[1]
         pattern = (max(in_features - round(sparsity * in_features), 1), in_features)
     scores = weight.float() * gram.diagonal().float().sqrt()
@@ -384,9 +383,9 @@ def prune_model(
             arguments of `prune`, such as {"sparsity": 0.7}, or None to leave the layer as it is.
             Default: routers stay as they are. A function of your own takes its place, and should
             return None for routers, too.
-        stored_dtype: the dtype in which the model will be stored, if it is not the one in which it
-            computes. Each pruned weight is rounded to it, and its values are then checked, reported
-            and used. Default: the dtype of the weight.
+        stored_dtype: the dtype in which the weights will be stored, if they compute in a larger
+            one. Each pruned weight is rounded to it before it is checked, reported and used.
+            Default: the dtype of the weight.
 
     Returns: a dict for each pruned layer, in the order in which they were pruned. It has the number
         of the "block", the "name" of the layer in the block, its "shape", (out_features,
@@ -411,7 +410,7 @@ def prune_model(
             len(set(getattr(model, "hf_device_map", {}).values())) > 1
         ),
         "the model uses a weight in several blocks: give each block its own": (
-            len(set(matrices)) < len(matrices)
+            len({matrix.data_ptr() for matrix in matrices}) < len(matrices)
         ),
         f"tokens must be (sequences, seqlen), not empty, got {tuple(tokens.shape)}": (
             tokens.ndim != 2 or tokens.numel() == 0
@@ -497,14 +496,13 @@ def prune_layer(layer: Layer, prune: Callable, stored_dtype: torch.dtype | None 
         target = correct_weight(target, layer.gram, layer.EtX)
     # A copy, which the method may change, contiguous also where the model has the weight
     # transposed. The row weights are 1.0 unless block-aware.
-    scaled = (target * layer.row_weights).contiguous()
-    pruned = prune(scaled, layer.gram)
-    if pruned.shape != scaled.shape or not pruned.is_floating_point():
+    target = (target * layer.row_weights).contiguous()
+    pruned = prune(target, layer.gram)
+    if pruned.shape != target.shape or not pruned.is_floating_point():
         raise ValueError(
             f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
-            f"but the weight is {tuple(scaled.shape)} {scaled.dtype}"
+            f"but the weight is {tuple(target.shape)} {target.dtype}"
         )
-    # From here on, the values are those that are stored.
     pruned = (pruned / layer.row_weights).to(stored_dtype or layer.weight.dtype)
     if not pruned.isfinite().all():
         raise ValueError(f"the pruned weights are NaN or overflow {pruned.dtype}")
@@ -673,8 +671,8 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
             ):
                 self.names[module.weight.data_ptr(), module.weight.numel()] = (name, False)
         for name, parameter in block.named_parameters():
-            # This is a heuristic. Other parameters of three dimensions have one dimension of 1,
-            # such as the depthwise convolution of Mamba, (channels, 1, width).
+            # By this heuristic, a parameter of three dimensions, none of them 1, is a stack of
+            # experts. Mamba's depthwise convolution is (channels, 1, width).
             if parameter.ndim == 3 and min(parameter.shape) > 1:
                 for index, expert in enumerate(parameter):
                     self.names[expert.data_ptr(), expert.numel()] = (f"{name}.{index}", True)
@@ -706,7 +704,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
             weight.ndim == 2
             and key in self.names
             and x.numel() > 0  # an expert may have no tokens
-            and (x.data_ptr(), x.numel()) not in self.names  # no product of two weights
+            and (x.data_ptr(), x.numel()) not in self.names  # such as two weights of a low rank
         ):
             name, is_expert = self.names[key]
             if name in self.products:
@@ -728,7 +726,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         """
         # A stack has the address of its first expert. (The .mT of a stack that is stored transposed
         # has it, too.) `output` is that of all experts, but is not used for an expert.
-        is_stack = (weight.data_ptr(), weight[0].numel()) in self.names
+        is_stack = (weight.data_ptr(), weight.shape[1:].numel()) in self.names
         if is_stack and x.ndim == 3 and len(x) == len(weight):
             for rows, matrix in zip(x, weight, strict=True):
                 self.add(rows[rows.any(-1)], matrix, output)
@@ -790,7 +788,7 @@ def record_calls(
         states.append(states_of(output).to("cpu", copy=True))
 
     with (
-        eval_ppl.note("while calling the whole model once"),
+        eval_ppl.note("in a forward of the whole model"),
         eval_ppl.offload_blocks(model, device),
         ExitStack() as hooks,
     ):
@@ -903,10 +901,10 @@ def calibration_tokens(
 def prune_and_save(args: argparse.Namespace) -> None:
     """Prune the model of the command line, and save it in a new folder.
 
-    What can fail comes first: the folder is made and gets the tokenizer before a layer is pruned.
-    The weights come last. (`save_pretrained` renames model.safetensors once it is complete, and
-    writes the index of several such files after them.) So a folder that a loader takes for a model
-    is complete.
+    The folder is made and gets the tokenizer before a layer is pruned, so that what fails there
+    costs no work. The weights come last. (safetensors renames model.safetensors once it is written,
+    and transformers writes the index of several such files after them.) So a folder that a loader
+    takes for a model is complete.
     """
     method = f"{args.method}-block-aware" if args.block_aware else args.method
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
@@ -915,19 +913,20 @@ def prune_and_save(args: argparse.Namespace) -> None:
     name = Path(args.model).resolve().name.removesuffix(".gguf")
     folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
     with eval_ppl.note(
-        "choose another --save, or delete that folder; if it has neither model.safetensors nor its "
-        "index, the run that made it was killed, or still goes on"
+        "choose another --save; a folder that has neither model.safetensors nor its index is of a "
+        "run that still goes on, or that was killed, and can then be deleted"
     ):
         folder.mkdir()
     try:
         model, report = load_and_prune(args, folder)
     except BaseException:
-        shutil.rmtree(folder)  # no model is in it yet
+        shutil.rmtree(folder, ignore_errors=True)  # no model is in it yet
         raise
-    try:
-        (folder / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
-    finally:  # a report that cannot be written costs no model
-        model.save_pretrained(folder)
+    with eval_ppl.note(f"{folder} has the whole model if it has model.safetensors or its index"):
+        try:
+            (folder / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
+        finally:  # a report that cannot be written costs no model
+            model.save_pretrained(folder)
     print(f"{describe_zeros(model)}; wrote {folder}; next: python eval_ppl.py --model {folder}")
 
 
@@ -951,14 +950,16 @@ def load_and_prune(
         args.calibration, tokenizer, args.nsamples, args.seqlen, args.seed, bos
     )
     model = eval_ppl.load_model(args.model, args.dtype)
-    needed = sum(parameter.nbytes for parameter in model.parameters())
-    if needed > shutil.disk_usage(folder).free:
-        raise ValueError(f"the disk of {folder} has no room for {needed / 1e9:.1f} GB")
+    if sum(p.nbytes for p in model.parameters()) > shutil.disk_usage(folder).free:
+        raise ValueError(f"the disk of {folder} has no room for the model")
     # A checkpoint may mix dtypes. Each tensor gets back its own in the end.
     loaded_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     stored_dtype = None
     if args.dtype == "auto" and device.type == "cpu":
-        stored_dtype = model.dtype
+        # Of several dtypes in the blocks, the smallest one, since no weight may overflow in it.
+        stored_dtype = min(
+            (p.dtype for p in eval_ppl.find_blocks(model).parameters()), key=lambda d: d.itemsize
+        )
         model.float()  # a CPU is slow in 16 bits
     used = {  # in place of the arguments of the same names
         "sparsity": None if args.pattern else args.sparsity,

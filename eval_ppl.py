@@ -132,7 +132,11 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
         empty = torch.empty(0, device=name)
         empty.cpu()  # fails for "meta"
         return empty.device  # with its index, such as cuda:0 for "cuda"
-    except (AssertionError, RuntimeError) as error:  # it depends on how PyTorch was built
+    except (
+        AssertionError,
+        ImportError,
+        RuntimeError,
+    ) as error:  # it depends on how PyTorch was built
         raise ValueError(f"device {name} cannot be used: {error}") from error
 
 
@@ -281,8 +285,8 @@ def note(text: str):
 def whole_messages(program: str):
     """Exit with the message and the notes of an error, but without its traceback.
 
-    This is for errors that arguments, files, the network, memory or numbers cause. Their types may
-    also be those of a bug of this program, so Python's development mode shows the traceback.
+    This is for errors that arguments, files, the network or memory cause, or a singular matrix.
+    Their types may also be those of a bug, so Python's development mode shows the traceback.
     """
     try:
         yield
@@ -294,8 +298,8 @@ def whole_messages(program: str):
                 "a shorter --seqlen needs less memory, on the host also fewer --nsamples; "
                 "--device cpu needs no GPU"
             )
-        lines = [f"{program}: {error}", *getattr(error, "__notes__", [])]
-        sys.exit("\n".join([*lines, "(python -X dev shows the traceback)"]))
+        message = "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
+        sys.exit(f"{program}: {message}\n(python -X dev shows the traceback)")
 
 
 def add_common_arguments(cli: argparse.ArgumentParser) -> None:
