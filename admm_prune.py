@@ -298,7 +298,7 @@ class BlockCall:
         """
         # A copy, since a block may change its input in place.
         before = before.to(next(self.block.parameters()).device, copy=True)
-        with ProductRecorder(self.block) as recorder:
+        with ProductRecorder(self.block) as recorder:  # see "inputs of the layers"
             output = self.block(before, *self.args, **self.kwargs)
         return states_of(output), recorder.products
 
@@ -335,7 +335,7 @@ def leave_routers_dense(block: int, name: str) -> dict | None:
     """Return None for the router of a mixture of experts, and {} for other layers.
 
     This is the default of `options` in `prune_model`. Common practice leaves routers dense: they
-    are small, and they choose the experts. It treats all blocks alike.
+    are small, and they choose the experts. `block` is not used.
     """
     routers = {"router", "gate", "shared_expert_gate", "router_gate"}
     return {} if routers.isdisjoint(name.split(".")) else None
@@ -398,33 +398,38 @@ def prune_model(
     matrices = [
         p for block in eval_ppl.find_blocks(model) for p in block.parameters() if p.ndim > 1
     ]
-    problems = {
-        "the model has an encoder: take a decoder-only model": model.config.is_encoder_decoder,
-        "the model has quantised weights: load its full weights": (
-            getattr(model.config, "quantization_config", None) is not None
+    problems = [
+        (model.config.is_encoder_decoder, "the model has an encoder: take a decoder-only model"),
+        (
+            getattr(model.config, "quantization_config", None) is not None,
+            "the model has quantised weights: load its full weights",
         ),
-        "the model has LoRA adapters: merge them into its weights": (
-            any("lora_" in name for name in model.state_dict())
+        (
+            any("lora_" in name for name in model.state_dict()),
+            "the model has LoRA adapters: merge them into its weights",
         ),
-        "the model lies on several devices: load it without device_map": (
-            len(set(getattr(model, "hf_device_map", {}).values())) > 1
+        (
+            len(set(getattr(model, "hf_device_map", {}).values())) > 1,
+            "the model lies on several devices: load it without device_map",
         ),
-        "the model uses a weight in several blocks: give each block its own": (
-            len({matrix.data_ptr() for matrix in matrices}) < len(matrices)
+        (
+            len({matrix.data_ptr() for matrix in matrices}) < len(matrices),
+            "the model uses a weight in several blocks: give each block its own",
         ),
-        f"tokens must be (sequences, seqlen), not empty, got {tuple(tokens.shape)}": (
-            tokens.ndim != 2 or tokens.numel() == 0
+        (
+            tokens.ndim != 2 or tokens.numel() == 0,
+            f"tokens must be (sequences, seqlen), not empty, got {tuple(tokens.shape)}",
         ),
-    }
-    for problem, applies in problems.items():
+    ]
+    for applies, problem in problems:
         if applies:
             raise ValueError(problem)
     eval_ppl.check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = eval_ppl.select_device(device)
     model.cpu().eval()
-    # Fused kernels would hide the products of experts from `ProductRecorder`.
+    # Fused kernels would hide the products of experts from `ProductRecorder` (see below).
     model.set_experts_implementation("eager")
-    prune_them = partial(prune_layers, prune=prune, options=options, stored_dtype=stored_dtype)
+    prune_collected = partial(prune_layers, prune=prune, options=options, stored_dtype=stored_dtype)
     # Called one by one, the blocks have to do what they do in the model, or the model is refused.
     calls = checked_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
@@ -436,10 +441,10 @@ def prune_model(
             call.block.to(device)
             if block_aware:
                 block_results, dense_states = prune_block_aware(
-                    call, states, dense_states, prune_them
+                    call, states, dense_states, prune_collected
                 )
             else:
-                block_results = prune_them(call.index, collect_layers(call, states))
+                block_results = prune_collected(call.index, collect_layers(call, states))
             results += block_results
             # Through the pruned block; the products are not used.
             states = [call(before)[0].to("cpu", copy=True) for before in states]
@@ -458,7 +463,7 @@ def collect_layers(
     layers = defaultdict(Layer)
     for before in states:
         _, products = call(before)
-        products.pop(leave_out, None)
+        products.pop(leave_out, None)  # no layer is called None
         for name in list(products):
             layers[name].add(products.pop(name))  # pop frees the copy of X
     return layers
@@ -520,7 +525,7 @@ def prune_layer(layer: Layer, prune: Callable, stored_dtype: torch.dtype | None 
 
 
 def prune_block_aware(
-    call: BlockCall, states: list[Tensor], dense_states: list[Tensor], prune_them: Callable
+    call: BlockCall, states: list[Tensor], dense_states: list[Tensor], prune_collected: Callable
 ) -> tuple[list[dict], list[Tensor]]:
     """Prune the layers of a block with a view to the hidden states after it. This is ours.
 
@@ -532,8 +537,8 @@ def prune_block_aware(
     is no closing layer, all layers are weighed.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
-    model that is being pruned and in the dense model. prune_them(block, layers) is `prune_layers`
-    with its other arguments.
+    model that is being pruned and in the dense model. prune_collected(block, layers) is
+    `prune_layers` with its other arguments.
 
     Return what became of each layer, and the hidden states of the dense model after the block.
     """
@@ -543,7 +548,7 @@ def prune_block_aware(
     layers = collect_layers(call, states, leave_out=closing_name)
     for name in layers:
         layers[name].row_weights = row_weights.get(name, 1.0)
-    results = prune_them(call.index, layers)
+    results = prune_collected(call.index, layers)
 
     if closing_name is not None:
         closing_layer = Layer()  # without row weights, since all its outputs matter alike
@@ -552,7 +557,7 @@ def prune_block_aware(
             E = wanted.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
             closing_layer.add(products[closing_name], E[0])
             products.clear()  # frees the copies of all X
-        results += prune_them(call.index, {closing_name: closing_layer})
+        results += prune_collected(call.index, {closing_name: closing_layer})
     return results, dense_after
 
 
@@ -781,7 +786,7 @@ def record_calls(
     """
     blocks = list(eval_ppl.find_blocks(model))
     calls = []
-    states = embed(model, ids, device)
+    states = embed(model, ids, device)  # [those before block 0]
 
     def keep(block, args, kwargs, output):
         calls.append(BlockCall(len(calls), block, args[1:], kwargs))

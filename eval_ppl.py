@@ -45,13 +45,14 @@ def perplexity(
     check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
-    # Free memory in bytes. Without CUDA, 8 GiB are assumed. (On a CPU, nothing is moved.)
+    # Free memory in bytes, before the model is moved. Without CUDA, 8 GiB are assumed; on a CPU,
+    # nothing is moved.
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
     fits = sum(tensor.nbytes for tensor in tensors_of(model)) <= free / 2
     model_on_device = moved(tensors_of(model), device) if fits else offload_blocks(model, device)
-    # More windows at once need fewer passes over the blocks. The logits, one for each token and
-    # entry of the vocabulary, get an eighth of the free memory if they have 2 bytes; in float32,
-    # they take a quarter. The bound of 2^14 tokens is for what the blocks compute.
+    # More windows at once need fewer passes over the blocks. Each token has as many logits as the
+    # vocabulary has entries. They get an eighth of the free memory if they have 2 bytes, or a
+    # quarter in float32. The bound of 2^14 tokens is for what the blocks compute.
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     windows_at_once = max(1, min(free // 8 // (2 * vocab_size), 2**14) // tokens.shape[1])
     losses = []
@@ -209,8 +210,9 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         arguments["config"] = transformers.AutoConfig.from_pretrained(name)
-        # FP8 and MXFP4 checkpoints would stay quantised on a GPU that has kernels for them. Other
-        # formats ignore this.
+        # FP8 and MXFP4 checkpoints would stay quantised on a GPU that has kernels for them. With
+        # this, they are dequantised, and the model's configuration is one of full weights. Other
+        # formats ignore it, and are refused later.
         if getattr(arguments["config"], "quantization_config", None) is not None:
             arguments["config"].quantization_config["dequantize"] = True
     with note(f"while reading {name}"):
