@@ -16,12 +16,13 @@ each block, as its section explains. README.md has what it gains, and where it l
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
-loop over the decoder blocks, with `prune_layer`. Solver and loop are the published algorithm, with
-two exceptions: the solver does not let the norm of a feature fall below 1 % of their mean, and a
-few lines are marked as block-aware. Block-aware pruning has a section of its own. Then come the
-machinery (how the inputs of layers are recorded, and blocks called one by one), the calibration
-text and the command line. eval_ppl.py measures perplexity, and has what both programs need, such as
-devices and loading.
+loop over the decoder blocks, with `prune_layer`. Solver and loop are the published algorithm, but
+for one change: no norm of a feature counts as less than 1 % of their mean. A few lines are marked
+as block-aware; skip them on a first reading, since block-aware pruning has a section of its own.
+Then come the machinery (how the inputs of layers are recorded, and blocks called one by one), the
+calibration text and the command line. eval_ppl.py measures perplexity, and has what both programs
+need: blocks and devices (`find_blocks`, `moved`, `offload_blocks`), loading, and `note`, which adds
+a line to an error that passes through.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def prune_weight(
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and all steps then only optimise the values of these entries.
         damping: damping * (share of features that are ever active) is added to the diagonal of the
-            scaled Gram matrix. (Before, all entries of this diagonal are 1.)
+            scaled Gram matrix, which is 1.
         rho: penalty, for features that are scaled to norm 1.
         growing_steps: steps in which the share of zeros grows to its final value; at least 1.
         moving_steps: further steps in which the mask is still selected anew. The authors' released
@@ -92,11 +93,11 @@ def prune_weight(
     # The paper's damping is a share of the mean of the scaled diagonal. Without our floor, this
     # diagonal is 1 for active features and 0 for others, so its mean is the share of active ones.
     active_share = float((gram.diagonal() > 0).float().mean())
-    # d^2 is the diagonal of G, but for the floor.
+    # H is G with a damped diagonal in place of its own, which is d^2 but for the floor.
     H = gram.diagonal_scatter((1 + damping * active_share) * d**2)  # (in, in)
-    # The next lines work in the memory of H, which saves four matrices of its size.
+    # In place, since H is large: first A, then A + rho I, then its inverse.
     A = H.div_(d).div_(d[:, None])
-    A.diagonal().add_(rho)  # now A + rho I
+    A.diagonal().add_(rho)
     R = invert_(A).mul_(rho)  # rho (A + rho I)^-1
     W0 = weight.float() * d  # (out, in)
 
@@ -157,8 +158,8 @@ def select_mask(
     each row. With a pattern (N, M), which overrides `sparsity`, it is False at all entries but the
     N largest of each group of M.
 
-    A `progress` below 1 is for a gradual mask. It is then False at only that share of these
-    entries, those that are smallest in the whole matrix.
+    A `progress` below 1 is for a gradual mask. Then only this share of these entries is False: the
+    smallest ones, ranked over the whole matrix.
 
     Raises: ValueError if sparsity or pattern is invalid.
     """
@@ -275,9 +276,9 @@ class Product:
 
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # For `probe_block`: the place of the output in autograd's graph, to ask for the gradient there.
-    # It stays that of the product, also if the block changes the output in place. None: there is no
-    # gradient, or the layer is one of stacked experts, which have no row weights.
+    # To be skipped at first. For block-aware pruning, this is the place of the output in autograd's
+    # graph, to ask for the gradient there, also if the block changes the output in place. None:
+    # there is no gradient, or the layer is an expert.
     edge: torch.autograd.graph.GradientEdge | None
 
 
@@ -298,7 +299,8 @@ class BlockCall:
         """
         # A copy, since a block may change its input in place.
         before = before.to(next(self.block.parameters()).device, copy=True)
-        with ProductRecorder(self.block) as recorder:  # see "inputs of the layers"
+        # The recorder notes each product with a weight of the block ("inputs of the layers").
+        with ProductRecorder(self.block) as recorder:
             output = self.block(before, *self.args, **self.kwargs)
         return states_of(output), recorder.products
 
@@ -323,9 +325,11 @@ class Layer:
         self.weight = product.weight
         self.num_tokens += len(product.X)
         # A weight of 16 bits has inputs of 16 bits. TF32 multiplies these exactly, and an A100 is
-        # eight times as fast in it as in float32. (E is rounded to 11 bits.) For a weight of 32
-        # bits, None leaves PyTorch's precision as it is.
-        with torch.backends.flags("tf32" if product.weight.element_size() == 2 else None):
+        # eight times as fast in it as in float32. (E is rounded to 11 bits.) `flags` sets how
+        # PyTorch multiplies in float32 until the `with` ends; None changes nothing.
+        with torch.backends.flags(
+            fp32_precision="tf32" if product.weight.element_size() == 2 else None
+        ):
             self.gram += product.X.T @ product.X
             if E is not None:
                 self.EtX += E.T @ product.X
@@ -376,16 +380,16 @@ def prune_model(
             these states, which does nothing for methods that rank within rows, such as Wanda. And
             the closing layer of the block is corrected for what the states lack. LLaMA, dense Qwen
             and OPT have a closing layer. Models with a norm or a multiplier behind the last layer,
-            such as Gemma 3, and most mixtures have none. For stacked experts, nothing changes.
+            such as Gemma 3, and most mixtures have none. Stacked experts have no row weights.
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: for methods that depend on the layer. options(block, name) gets the number of a
             block and the name of a layer in it, such as "mlp.down_proj". It returns further keyword
             arguments of `prune`, such as {"sparsity": 0.7}, or None to leave the layer as it is.
             Default: routers stay as they are. A function of your own takes its place, and should
             return None for routers, too.
-        stored_dtype: the dtype in which the weights will be stored, if they compute in a larger
-            one. Each pruned weight is rounded to it before it is checked, reported and used.
-            Default: the dtype of the weight.
+        stored_dtype: the dtype in which the weights will be stored, if the model computes in a
+            larger one, as from the command line on a CPU. Each pruned weight is rounded to it
+            before it is checked, reported and used. Default: the dtype of the weight.
 
     Returns: a dict for each pruned layer, in the order in which they were pruned. It has the number
         of the "block", the "name" of the layer in the block, its "shape", (out_features,
@@ -430,7 +434,8 @@ def prune_model(
     # Fused kernels would hide the products of experts from `ProductRecorder` (see below).
     model.set_experts_implementation("eager")
     prune_collected = partial(prune_layers, prune=prune, options=options, stored_dtype=stored_dtype)
-    # Called one by one, the blocks have to do what they do in the model, or the model is refused.
+    # Each block with its other arguments, such as masks. Called one by one, the blocks have to do
+    # what they do in the model, or the model is refused.
     calls = checked_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = embed(model, tokens, device)
@@ -446,7 +451,7 @@ def prune_model(
             else:
                 block_results = prune_collected(call.index, collect_layers(call, states))
             results += block_results
-            # Through the pruned block; the products are not used.
+            # Through the pruned block:
             states = [call(before)[0].to("cpu", copy=True) for before in states]
             call.block.cpu()
     return results
@@ -551,7 +556,7 @@ def prune_block_aware(
     results = prune_collected(call.index, layers)
 
     if closing_name is not None:
-        closing_layer = Layer()  # without row weights, since all its outputs matter alike
+        closing_layer = Layer()  # without row weights
         for before, wanted in zip(states, dense_after, strict=True):
             after, products = call(before)  # the closing layer is still dense
             E = wanted.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
@@ -595,7 +600,7 @@ def probe_block(
     gradient at one entry y of the output of a layer is g = sum_k z_k dh_k/dy. Since the signs are
     independent,
 
-        the mean of g^2 is sum_k (dh_k/dy)^2,
+        the expected value of g^2 is sum_k (dh_k/dy)^2,
 
     which says how far an error at y moves the hidden states after the block.
 
@@ -605,23 +610,23 @@ def probe_block(
         r_i^2 = s_i + mean(s).
 
     The mean draws r towards equal weights, since s is noisy. A method gets r W in place of W, and
-    its result is divided by r. Row weights matter only where a mask is ranked over the whole
-    matrix: rows that matter more then keep more entries. (Rankings within a row, as Wanda's, stay
+    its result is divided by r. Row weights matter only where entries of different rows are ranked
+    together: rows that matter more then keep more of them. (Rankings within a row, as Wanda's, stay
     the same, and so do the best values for a given mask. With a pattern, only the gradual mask of
-    ADMM ranks over the whole matrix.)
+    ADMM ranks different rows.)
 
     The closing layer adds its output to the hidden states as it is, so that the gradient there is
-    equal to the signs. It is the layer called last of those for which this is true. (One sequence
-    of the probe is enough.) It needs no row weights, since all its outputs move the hidden states
-    alike. The name is None if there is none, for example if a norm stands behind the last layer.
+    equal to the signs. It is the layer called last of those for which this is true in any sequence
+    of the probe. It needs no row weights, since all its outputs move the hidden states alike. The
+    name is None if there is none, for example if a norm stands behind the last layer.
 
     `dense_states` are the hidden states of the dense model before the block. The first 8 of them
     are used. Stacked experts have no row weights, since they get only some of the tokens.
     """
     sums = defaultdict(float)  # name -> s, (out_features,)
     closing_name = None
-    # A seeded generator on the host gives each block the same signs, others for each sequence, and
-    # the same on a GPU.
+    # Each block gets the same signs, and each sequence others. They are drawn on the host, so that
+    # a GPU gets the same ones.
     generator = torch.Generator().manual_seed(0)
     for dense_state in dense_states[:8]:
         before = dense_state.detach().requires_grad_()
@@ -665,8 +670,9 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
     def __init__(self, block: nn.Module):
         super().__init__()
         self.products: dict[str, Product] = {}
-        # A weight is known by (address, number of entries). For example, x @ W.T has a new tensor
-        # W.T, but at the address of W. A slice W[:10] has the same address, but fewer entries.
+        # A weight is identified by (address, number of entries). For example, x @ W.T has a new
+        # tensor W.T, but at the address of W. A slice W[:10] has the same address, but fewer
+        # entries.
         self.names: dict[tuple[int, int], tuple[str, bool]] = {}  # name, and whether an expert
         for name, module in block.named_modules():
             # Conv1D is the linear layer of GPT-2. A weight that a module computes anew in each
@@ -709,7 +715,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
             weight.ndim == 2
             and key in self.names
             and x.numel() > 0  # an expert may have no tokens
-            and (x.data_ptr(), x.numel()) not in self.names  # such as two weights of a low rank
+            and (x.data_ptr(), x.numel()) not in self.names  # x may be a weight, as in A @ B
         ):
             name, is_expert = self.names[key]
             if name in self.products:
@@ -729,8 +735,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         Each expert has a row for every token, which is 0 if the token goes elsewhere. Products of
         other shapes are left out, so that their experts stay dense.
         """
-        # A stack has the address of its first expert. (The .mT of a stack that is stored transposed
-        # has it, too.) `output` is that of all experts, but is not used for an expert.
+        # A stack, also a transposed one, has the address of its first expert.
         is_stack = (weight.data_ptr(), weight.shape[1:].numel()) in self.names
         if is_stack and x.ndim == 3 and len(x) == len(weight):
             for rows, matrix in zip(x, weight, strict=True):
@@ -823,8 +828,8 @@ def checked_calls(
     tolerance = 5e-3 if model.dtype in (torch.float16, torch.bfloat16) else 5e-5
     for call in tqdm(calls, "checking blocks"):
         # Both sequences go through a block before the next block, as they do in pruning. If a block
-        # leaves data for later blocks outside of its output, such as in an attribute, these are
-        # then data of the second sequence for both, and the check fails.
+        # leaves data for later blocks outside of its output, such as in an attribute, then the
+        # first sequence meets those of the second in a later block, and the check fails.
         with (
             eval_ppl.note(f"while checking block {call.index}"),
             eval_ppl.moved(eval_ppl.tensors_of(call.block), device),
@@ -908,8 +913,8 @@ def prune_and_save(args: argparse.Namespace) -> None:
 
     The folder is made and gets the tokenizer before a layer is pruned, so that what fails there
     costs no work. The weights come last. (safetensors renames model.safetensors once it is written,
-    and transformers writes the index of several such files after them.) So a folder that a loader
-    takes for a model is complete.
+    and transformers writes the index of several such files after them.) So a folder that can be
+    loaded is complete.
     """
     method = f"{args.method}-block-aware" if args.block_aware else args.method
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
@@ -918,8 +923,8 @@ def prune_and_save(args: argparse.Namespace) -> None:
     name = Path(args.model).resolve().name.removesuffix(".gguf")
     folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
     with eval_ppl.note(
-        "choose another --save; a folder that has neither model.safetensors nor its index is of a "
-        "run that still goes on, or that was killed, and can then be deleted"
+        "choose another --save; a folder that has neither model.safetensors nor its index belongs "
+        "to a run that still goes on, or that was killed and whose folder can be deleted"
     ):
         folder.mkdir()
     try:
@@ -928,9 +933,10 @@ def prune_and_save(args: argparse.Namespace) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # no model is in it yet
         raise
     with eval_ppl.note(f"{folder} has the whole model if it has model.safetensors or its index"):
+        # A report that cannot be written costs no model.
         try:
             (folder / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
-        finally:  # a report that cannot be written costs no model
+        finally:
             model.save_pretrained(folder)
     print(f"{describe_zeros(model)}; wrote {folder}; next: python eval_ppl.py --model {folder}")
 

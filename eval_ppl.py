@@ -51,20 +51,20 @@ def perplexity(
     fits = sum(tensor.nbytes for tensor in tensors_of(model)) <= free / 2
     model_on_device = moved(tensors_of(model), device) if fits else offload_blocks(model, device)
     # More windows at once need fewer passes over the blocks. Each token has as many logits as the
-    # vocabulary has entries. They get an eighth of the free memory if they have 2 bytes, or a
-    # quarter in float32. The bound of 2^14 tokens is for what the blocks compute.
+    # vocabulary has entries. Logits of 2 bytes get an eighth of the free memory, those of 4 bytes a
+    # quarter. The bound of 2^14 tokens is for what the blocks compute.
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     windows_at_once = max(1, min(free // 8 // (2 * vocab_size), 2**14) // tokens.shape[1])
     losses = []
-    with model_on_device:
+    with model_on_device, note(f"with {windows_at_once} windows at once"):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
             logits = model(windows, use_cache=False).logits  # (windows, seqlen, vocabulary)
             losses += [
                 nn.functional.cross_entropy(predicted[:-1].float(), window[1:])
                 for window, predicted in zip(windows, logits, strict=True)
             ]
-    # All windows are of one length, so that a mean of their means is that of all tokens. MPS has no
-    # float64.
+    # All windows are of one length, so that a mean of their means is that of all tokens. It is
+    # taken on the host, since MPS has no float64.
     return float(torch.stack(losses).cpu().double().mean().exp())
 
 
