@@ -1024,7 +1024,10 @@ def n_of_m(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description="Prune a causal language model, layer by layer.")
+    cli = argparse.ArgumentParser(
+        description="Set a share of the weights in the blocks of a causal language model to zero, "
+        "adapt the others, and save the model in a new folder, with a report of each layer's error."
+    )
     cli.add_argument("--model", required=True, help=eval_ppl.MODEL_HELP)
     amount = cli.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros; default: 0.5")

@@ -313,10 +313,8 @@ def test_invalid_arguments_are_refused(methods, arguments, message):
             ap.METHODS[method](W, X.T @ X, **arguments)
 
 
-@pytest.mark.parametrize(
-    "method, bound", [(ap.prune_weight, 4.2), (ap.sparsegpt, 4.2), (ap.correct_weight, 4.2)]
-)
-def test_peak_memory_of_the_solvers(method, bound):
+@pytest.mark.parametrize("method", [ap.prune_weight, ap.sparsegpt, ap.correct_weight])
+def test_peak_memory_of_the_solvers(method):
     # In matrices of the size of the Gram matrix, for the shape of a LLaMA's down_proj.
     W, X = make_layer(out=300, columns=1050, tokens=2000)
     arguments = (W, X.T @ X) if method is not ap.correct_weight else (W, X.T @ X, W)
@@ -328,7 +326,7 @@ def test_peak_memory_of_the_solvers(method, bound):
         if event.name() == "[memory]"
     ]
     in_use = torch.tensor([change for _, change in sorted(changes)]).cumsum(0)
-    assert 2 < in_use.max() / arguments[1].nbytes < bound
+    assert 2 < in_use.max() / arguments[1].nbytes < 4.2
 
 
 def test_the_solver_runs_as_a_copy():
