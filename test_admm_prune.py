@@ -1292,7 +1292,7 @@ def test_messages_are_whole_and_say_what_helps(folder, tmp_path, monkeypatch, mo
     monkeypatch.setattr(module, name, mock.Mock(side_effect=error))
     told = run(monkeypatch, folder, "--save", tmp_path / "out")
     assert told.startswith(f"admm_prune.py: {str(error) or 'MemoryError'}\n")
-    assert ("a shorter --seqlen needs less memory" in told) == ("Memory" in repr(error))
+    assert ("what helps: a shorter --seqlen" in told) == ("Memory" in repr(error))
     assert not list(tmp_path.iterdir())
 
 
