@@ -326,7 +326,8 @@ class Layer:
         self.num_tokens += len(product.X)
         # A weight of 16 bits has inputs of 16 bits. TF32 multiplies these exactly, and an A100 is
         # eight times as fast in it as in float32. (E is rounded to 11 bits.) `flags` sets how
-        # PyTorch multiplies in float32 until the `with` ends; None changes nothing.
+        # PyTorch multiplies in float32 until the `with` ends, unless the caller has set it for
+        # CUDA's products; None changes nothing.
         with torch.backends.flags(
             fp32_precision="tf32" if product.weight.element_size() == 2 else None
         ):

@@ -323,12 +323,11 @@ def test_peak_memory_of_the_solvers(method):
     with torch.profiler.profile(profile_memory=True) as profile:
         method(W, X.T @ X)
     changes = [
-        (event.start_ns(), event.nbytes())
-        for event in profile.profiler.kineto_results.events()
+        event.nbytes()
+        for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
         if event.name() == "[memory]"
     ]
-    in_use = torch.tensor([change for _, change in sorted(changes)]).cumsum(0)
-    assert 2 < in_use.max() / (4 * 1050**2) - 1 < 4.2
+    assert 2 < torch.tensor(changes).cumsum(0).max() / (4 * 1050**2) - 1 < 4.2
 
 
 def test_the_solver_runs_as_a_copy():
@@ -1297,7 +1296,9 @@ def test_messages_are_whole_and_say_what_helps(folder, tmp_path, monkeypatch, mo
 
 
 def test_what_is_reported_is_what_is_stored(folder, tmp_path, monkeypatch):
-    # The checkpoint has 16 bits, in which this change is rounded away. The CPU computes in 32 bits.
+    # The checkpoint has 16 bits, in which this change is rounded away, but for the norms. The CPU
+    # computes in 32 bits.
+    monkeypatch.setattr(hf.LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", {"layernorm"})
     monkeypatch.setitem(ap.METHODS, "wanda", lambda weight, gram, **_: weight * 1.0001)
     assert run(monkeypatch, folder, "--method", "wanda", "--save", tmp_path / "out") is None
     report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
