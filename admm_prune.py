@@ -236,8 +236,7 @@ def wanda(
     """
     if pattern is None:
         # Each row is one group, of which at least one entry is kept.
-        in_features = weight.shape[1]
-        pattern = (max(in_features - round(sparsity * in_features), 1), in_features)
+        pattern = (max(weight.shape[1] - round(sparsity * weight.shape[1]), 1), weight.shape[1])
     scores = weight.float() * gram.diagonal().float().sqrt()
     return torch.where(select_mask(scores, sparsity, pattern), weight, 0)
 
@@ -455,6 +454,8 @@ def prune_model(
             # Through the pruned block:
             states = [call(before)[0].to("cpu", copy=True) for before in states]
             call.block.cpu()
+    if not results:
+        raise ValueError(f"no layer of {type(model).__name__} was pruned")
     return results
 
 
@@ -973,12 +974,6 @@ def load_and_prune(
             (p.dtype for p in eval_ppl.find_blocks(model).parameters()), key=lambda d: d.itemsize
         )
         model.float()  # a CPU is slow in 16 bits
-    used = {  # in place of the arguments of the same names
-        "sparsity": None if args.pattern else args.sparsity,
-        "bos": bos,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "dtype": model.dtype,
-    }
     layers = prune_model(
         model,
         tokens,
@@ -990,7 +985,14 @@ def load_and_prune(
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(loaded_dtypes[name])  # in place, so that ties stay
     return model, {
-        "arguments": vars(args) | used,
+        # The values that were used stand in place of the defaults.
+        "arguments": vars(args)
+        | {
+            "sparsity": None if args.pattern else args.sparsity,
+            "bos": bos,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "dtype": model.dtype if stored_dtype is None else torch.float32,
+        },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "gpu_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "layers": layers,
