@@ -955,13 +955,17 @@ def load_and_prune(
     tokenizer.save_pretrained(folder)
     print(
         f"pruning {args.model} into {folder} on {device},",
-        f"with {args.nsamples} x {args.seqlen} tokens of {args.calibration}",
+        f"with {args.nsamples} x {args.seqlen} tokens of {', '.join(args.calibration)}",
         f"(BOS in each: {bos is not None})",
         flush=True,
     )
-    tokens = calibration_tokens(
-        args.calibration, tokenizer, args.nsamples, args.seqlen, args.seed, bos
-    )
+    # The texts take turns, so that the first sequences, which the probe uses, have all kinds.
+    tokens = torch.empty(args.nsamples, args.seqlen, dtype=torch.int64)
+    n = len(args.calibration)
+    for i, source in enumerate(args.calibration):
+        tokens[i::n] = calibration_tokens(
+            source, tokenizer, len(tokens[i::n]), args.seqlen, args.seed, bos
+        )
     model = eval_ppl.load_model(args.model, args.dtype)
     if sum(p.nbytes for p in model.parameters()) > shutil.disk_usage(folder).free:
         raise ValueError(f"the disk of {folder} has no room for the model")
@@ -1045,8 +1049,10 @@ def main() -> None:
     )
     cli.add_argument(
         "--calibration",
-        default="c4",
-        help="c4 (the default), wikitext2, help (Python's own, offline) or a text file",
+        nargs="+",
+        default=["c4"],
+        help="one or more of c4 (the default), wikitext2, help (Python's own, offline) and text "
+        "files; the sequences come from them by turns",
     )
     cli.add_argument(
         "--nsamples", type=int, default=128, help="calibration sequences; default: 128"
@@ -1057,8 +1063,11 @@ def main() -> None:
     )
     eval_ppl.add_common_arguments(cli)
     args = cli.parse_args()
-    if args.nsamples < 1 or args.seqlen < 2 or not 0 <= args.seed < 2**63:
-        cli.error("needed: --nsamples at least 1, --seqlen at least 2, 0 <= --seed < 2**63")
+    if args.nsamples < len(args.calibration) or args.seqlen < 2 or not 0 <= args.seed < 2**63:
+        cli.error(
+            "needed: --nsamples at least the number of --calibration texts, --seqlen at least 2, "
+            "0 <= --seed < 2**63"
+        )
     with eval_ppl.whole_messages("admm_prune.py"):
         prune_and_save(args)
 

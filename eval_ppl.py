@@ -231,10 +231,10 @@ def read_text(source: str, split: str) -> str:
     "wikitext2" is that split of WikiText-2. Its rows are joined by blank lines, as GPTQ does for
     both splits. (SparseGPT and Wanda join those of the train split by spaces.) "help" is the text
     of Python's own help, which needs no network: the first half is for "train", the second for
-    "test". (The second repeats some passages of the first.) A text file has no splits.
+    "test". A text file has no splits.
     """
     if source == "help":
-        text = "\n\n".join(pydoc_data.topics.topics.values())
+        text = "\n\n".join(dict.fromkeys(pydoc_data.topics.topics.values()))  # each topic once
         return text[: len(text) // 2] if split == "train" else text[len(text) // 2 :]
     with note(f"while reading {source}; a text file in UTF-8 can be given instead"):
         if source == "wikitext2":
