@@ -959,12 +959,14 @@ def load_and_prune(
         f"(BOS in each: {bos is not None})",
         flush=True,
     )
-    # The texts take turns, so that the first sequences, which the probe uses, have all kinds.
+    # The texts take turns, so that the first sequences, which the probe uses, have all kinds. A
+    # text that is named twice has two turns in each round.
+    turns = (args.calibration * args.nsamples)[: args.nsamples]  # the text of each sequence
     tokens = torch.empty(args.nsamples, args.seqlen, dtype=torch.int64)
-    n = len(args.calibration)
-    for i, source in enumerate(args.calibration):
-        tokens[i::n] = calibration_tokens(
-            source, tokenizer, len(tokens[i::n]), args.seqlen, args.seed, bos
+    for source in set(turns):
+        places = [i for i, turn in enumerate(turns) if turn == source]
+        tokens[places] = calibration_tokens(
+            source, tokenizer, len(places), args.seqlen, args.seed, bos
         )
     model = eval_ppl.load_model(args.model, args.dtype)
     if sum(p.nbytes for p in model.parameters()) > shutil.disk_usage(folder).free:
@@ -1052,7 +1054,7 @@ def main() -> None:
         nargs="+",
         default=["c4"],
         help="one or more of c4 (the default), wikitext2, help (Python's own, offline) and text "
-        "files; the sequences come from them by turns",
+        "files, which take turns",
     )
     cli.add_argument(
         "--nsamples", type=int, default=128, help="calibration sequences; default: 128"

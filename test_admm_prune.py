@@ -1105,14 +1105,26 @@ def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
 def test_several_calibration_texts_take_turns(folder, tmp_path, monkeypatch, tokenizer):
     prune = mock.Mock(return_value=[])
     monkeypatch.setattr(ap, "prune_model", prune)
-    names = [str(folder / "calibration.txt"), str(folder / "test.txt")]
-    line = ("--calibration", *names, "--nsamples", 5, "--save", tmp_path / "out")
+    names = [str(folder / f"{name}.txt") for name in ("calibration", "calibration", "test")]
+    line = ("--calibration", *names, "--nsamples", 7, "--save", tmp_path / "out")
     assert run(monkeypatch, folder, *line) is None
-    for i, name in enumerate(names):
+    tokens = prune.call_args.args[1]
+    assert len(tokens) == len(tokens.unique(dim=0)) == 7
+    for name in names:
         ids = tokenizer(Path(name).read_text(encoding="utf-8-sig")).input_ids
         windows = torch.tensor(ids).unfold(0, 64, 1)
-        found = [bool((windows == row).all(1).any()) for row in prune.call_args.args[1]]
-        assert found == [j % 2 == i for j in range(5)]
+        found = [bool((windows == row).all(1).any()) for row in tokens]
+        assert found == [names[i % 3] == name for i in range(7)]
+
+
+def test_the_default_text_is_c4(folder, tmp_path, monkeypatch):
+    read = mock.Mock(side_effect=ValueError)
+    monkeypatch.setattr(ap, "calibration_tokens", read)
+    line = ["", "--model", folder / "tiny", "--seqlen", 64, "--save", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", list(map(str, line)))
+    with pytest.raises(SystemExit):
+        ap.main()
+    assert read.call_args.args[0] == "c4" and read.call_args.args[2] == 128
 
 
 @pytest.mark.parametrize(

