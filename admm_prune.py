@@ -376,7 +376,7 @@ def prune_model(
             in_features), both float32, and returns the pruned weight. It may change the weight in
             place, but not the Gram matrix.
         block_aware: whether to look at the hidden states after a block when its layers are pruned
-            (`prune_block_aware`). Then the rows of each weight are weighed by how far they move
+            (`prune_block_aware`). Then the rows of each weight are weighted by how far they move
             these states, which does nothing for methods that rank within rows, such as Wanda. And
             the closing layer of the block is corrected for what the states lack. LLaMA, dense Qwen
             and OPT have a closing layer. Models with a norm or a multiplier behind the last layer,
@@ -538,10 +538,10 @@ def prune_block_aware(
 
     The *closing layer* of a block is the layer whose output the block adds, unchanged, to the
     hidden states at its end, "mlp.down_proj" in a LLaMA. The other layers are pruned first, with
-    their rows weighed by how far these move the hidden states after the block (`probe_block`). Then
+    their rows weighted by how far these move the hidden states after the block (`probe_block`). Then
     the closing layer is corrected for what the hidden states lack by then, compared with the dense
     model, whether this block or an earlier one has lost it (`correct_weight`), and pruned. If there
-    is no closing layer, all layers are weighed.
+    is no closing layer, all layers are weighted.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
     model that is being pruned and in the dense model. prune_collected(block, layers) is
