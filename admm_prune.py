@@ -538,10 +538,10 @@ def prune_block_aware(
 
     The *closing layer* of a block is the layer whose output the block adds, unchanged, to the
     hidden states at its end, "mlp.down_proj" in a LLaMA. The other layers are pruned first, with
-    their rows weighted by how far these move the hidden states after the block (`probe_block`). Then
-    the closing layer is corrected for what the hidden states lack by then, compared with the dense
-    model, whether this block or an earlier one has lost it (`correct_weight`), and pruned. If there
-    is no closing layer, all layers are weighted.
+    their rows weighted by how far these move the hidden states after the block (`probe_block`).
+    Then the closing layer is corrected for what the hidden states lack by then, compared with the
+    dense model, whether this block or an earlier one has lost it (`correct_weight`), and pruned. If
+    there is no closing layer, all layers are weighted.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
     model that is being pruned and in the dense model. prune_collected(block, layers) is
