@@ -538,7 +538,7 @@ def test_correction_is_half_of_a_ridge_regression():
     torch.testing.assert_close(ap.correct_weight(W, X.T @ X, E.T @ X), W + gain / 2)
 
 
-def test_rows_are_weighed_and_the_closing_layer_is_corrected_for_all_that_the_states_lack(
+def test_rows_are_weighted_and_the_closing_layer_is_corrected_for_all_that_the_states_lack(
     monkeypatch,
 ):
     # Of block 2, once blocks 0 and 1 are pruned. The closing layer is compared with what float64
