@@ -33,14 +33,6 @@ def read_table(first_head: str) -> list[dict[str, str]]:
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
-def of_text(rows: list[dict[str, str]], index: int) -> list[dict[str, str]]:
-    """Return the rows with only one of the perplexities in each cell, "41.94 / 15.93 / 12.23"."""
-    return [
-        {head: cell.split(" / ")[index] if "/" in cell else cell for head, cell in row.items()}
-        for row in rows
-    ]
-
-
 def draw(axes, rows: list[dict[str, str]], dense: str, title: str) -> None:
     """Draw the perplexities of all methods against the number in the first column.
 
@@ -77,7 +69,8 @@ def main() -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     sequences = read_table("sequences")
     zeros = [row for row in read_table("zeros") if "%" in row["zeros"]]
-    wikitext2, source_code = of_text(sequences, 0), of_text(sequences, 2)
+    wikitext2 = [row for row in sequences if row["text"] == "WikiText-2"]
+    source_code = [row for row in sequences if row["text"] == "source code"]
     draw(left, zeros, wikitext2[0]["dense"], "WikiText-2, calibrated with it alone")
     draw(middle, wikitext2, wikitext2[0]["dense"], "WikiText-2, calibrated with both kinds")
     draw(right, source_code, source_code[0]["dense"], "source code, calibrated with both kinds")
