@@ -69,15 +69,14 @@ def main() -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     sequences = read_table("sequences")
     zeros = [row for row in read_table("zeros") if "%" in row["zeros"]]
-    wikitext2 = [row for row in sequences if row["text"] == "WikiText-2"]
-    source_code = [row for row in sequences if row["text"] == "source code"]
-    draw(left, zeros, wikitext2[0]["dense"], "WikiText-2, calibrated with it alone")
-    draw(middle, wikitext2, wikitext2[0]["dense"], "WikiText-2, calibrated with both kinds")
-    draw(right, source_code, source_code[0]["dense"], "source code, calibrated with both kinds")
+    for axes, text in ((middle, "WikiText-2"), (right, "source code")):
+        rows = [row for row in sequences if row["text"] == text]
+        draw(axes, rows, rows[0]["dense"], f"{text}, calibrated with both kinds")
+        axes.set_xlabel("calibration sequences, 60 % zeros")
+    # The first row of the table is of WikiText-2, too.
+    draw(left, zeros, sequences[0]["dense"], "WikiText-2, calibrated with it alone")
     left.set_ylabel("perplexity of SmolLM2-135M")
     left.set_xlabel("% of zeros, 8 sequences")
-    middle.set_xlabel("calibration sequences, 60 % zeros")
-    right.set_xlabel("calibration sequences, 60 % zeros")
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False
     )
