@@ -133,11 +133,8 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
         empty = torch.empty(0, device=name)
         empty.cpu()  # fails for "meta"
         return empty.device  # with its index, such as cuda:0 for "cuda"
-    except (
-        AssertionError,
-        ImportError,
-        RuntimeError,
-    ) as error:  # it depends on how PyTorch was built
+    except (AssertionError, ImportError, RuntimeError) as error:
+        # Which of these it is depends on how PyTorch was built.
         raise ValueError(f"device {name} cannot be used: {error}") from error
 
 
