@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Prunes a model, and measures its perplexity on the three texts of the README:
+# Prunes a model, and measures its perplexity on the three texts of the README, for the windows of
+# its tables:
 #
 #     .github/reproduce.sh smollm2 8 --sparsity 0.6 --block-aware --seed 1
 #     .github/reproduce.sh smollm2 8 --sparsity 0.6 --calibration wiki.txt
@@ -8,8 +9,9 @@
 #
 # The arguments are the model, the number of calibration sequences, and further ones of
 # admm_prune.py, with paths from the folder of the project. With PART=rows, --block-aware has only
-# its row weights, and with PART=correction, only its correction. Needed are what the README's first
-# commands install, Python 3.11.7 for the same texts, and unzip for Qwen.
+# its row weights (the closing layer is pruned with the others), and with PART=correction, only its
+# correction. Needed are what the README's first commands install, Python 3.11.7 for the same texts,
+# and unzip for Qwen.
 set -euo pipefail
 export OMP_NUM_THREADS=1  # for the same rounding
 cd "$(dirname "$0")/.."
