@@ -80,7 +80,7 @@ COMMON = (
     "opt llama mistral qwen2 qwen3 gemma2 gemma3_text phi gpt2 gpt_neox bloom falcon openai-gpt "
     "mamba mixtral gpt_oss llama4_text jetmoe qwen2_moe"
 ).split()
-REFUSED = ["dory", "xlm"]
+REFUSED = ["dory", "hrm_text", "hy_v4", "prophetnet", "xlm"]
 
 
 def build_tiny(kind, drop):
@@ -285,7 +285,7 @@ def test_exact_count_of_zeros(prune, sparsity, shape):
 
 @pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (4, 8), (3, 5)])
 def test_the_largest_n_of_each_m_survive(n, m):
-    # That of the other methods is compared entry by entry elsewhere.
+    # The masks of admm-grad and sparsegpt are compared entry by entry in other tests.
     W, X = make_layer(out=12, columns=40)
     for method, scores in (("magnitude", W.abs()), ("wanda", W.abs() * X.norm(dim=0))):
         pruned = ap.METHODS[method](W, X.T @ X, 0.9, (n, m))
@@ -391,7 +391,7 @@ def test_the_released_code_in_our_loop_gives_our_model(
     # the authors' ADMM has the final sparsity from the first step on.
     path = HERE / file
     if not path.exists():
-        pytest.skip(f"needs a clone of {file.partition('/')[0]} in this folder")
+        pytest.skip(f"needs a clone of {file.partition('/')[0]} in this folder; README.md links it")
     one_more = method == "sparsegpt" and "sparsity" in amount
     monkeypatch.setattr(ap, "feature_norms", lambda gram: gram.diagonal().sqrt() + 1e-8)
     monkeypatch.setattr(ap, "round", lambda number: int(number + 1e-6) + one_more, raising=False)
@@ -626,7 +626,7 @@ def test_the_layer_whose_output_the_block_adds_as_it_is(monkeypatch, kind, closi
 
 
 # Experts that no token reaches, cross-attention, which is never called, and parts of weights.
-MAY_BE_DENSE = r"\..*\.\d|encoder_attn|cross_attn|o_a_proj|router|dt_proj"
+MAY_BE_DENSE = r"experts.*\.\d|encoder_attn|cross_attn|o_a_proj|router|dt_proj"
 
 
 @pytest.mark.parametrize(
@@ -656,7 +656,7 @@ def test_architectures(kind):
     except ValueError as reason:
         assert own_perplexity(model, tokens) == pytest.approx(own, rel=1e-5)
         assert re.search("called alone|no list of decoder|not call its|more than once", str(reason))
-        assert kind not in COMMON, reason
+        assert kind in REFUSED, reason
         pytest.xfail(f"refused: {reason}")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert kind not in REFUSED
@@ -715,12 +715,6 @@ def test_what_a_caller_has_switched_on_changes_nothing():
         assert prune_tiny(model, block_aware=True, tokens=tokens) == results
     assert torch.equal(torch.get_rng_state(), random_state)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
-
-
-def test_errors_are_of_the_weights_as_they_are_stored():
-    # In 16 bits, this change is rounded away.
-    results = prune_tiny(make_model().bfloat16(), lambda weight, gram: weight * 1.0001)
-    assert {result["error"] for result in results} == {0.0}
 
 
 @pytest.mark.parametrize("dtype, precision", [(torch.bfloat16, "tf32"), (torch.float32, None)])
@@ -788,16 +782,21 @@ def test_experts_have_the_gram_matrices_of_the_tokens_routed_to_them(kind, path,
         torch.testing.assert_close(gram, mine.T @ mine, rtol=1e-3, atol=1e-3)
 
 
-def test_experts_that_no_token_reaches_stay_dense():
-    model = make_model("gpt_oss")
-    for layer in model.model.layers:
-        layer.mlp.router.bias.data[3] = -1e9
-    before = [layer.mlp.experts.gate_up_proj.data.clone() for layer in model.model.layers]
-    prune_tiny(model, partial(ap.prune_weight, pattern=(2, 4)))
-    for layer, stack in zip(model.model.layers, before, strict=True):
-        pruned = layer.mlp.experts.gate_up_proj  # (experts, in_features, out_features)
-        assert torch.equal(pruned[3], stack[3])
-        assert ((pruned[:3].unflatten(1, (-1, 4)) != 0).sum(2) == 2).all()
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text", "jetmoe", "mixtral"])
+def test_experts_that_no_token_reaches_stay_dense(kind):
+    dense, model = make_model(kind), make_model(kind)
+    # All tokens are the same, so that they take the same experts.
+    results = prune_tiny(model, tokens=torch.full((2, 6), 5))
+    assert all(result["num_tokens"] > 0 for result in results)
+    pruned = {f"{result['block']}.{result['name']}" for result in results}
+    before = eval_ppl.find_blocks(dense).state_dict()
+    changed = [
+        (f"{name}.{index}" in pruned, not torch.equal(expert, before[name][index]))
+        for name, stack in eval_ppl.find_blocks(model).named_parameters()
+        if stack.ndim == 3
+        for index, expert in enumerate(stack)
+    ]
+    assert set(changed) == {(True, True), (False, False)}
 
 
 def test_offloaded_blocks_are_put_back_after_their_forward_and_after_an_error():
@@ -954,7 +953,7 @@ def test_a_gpu_gives_what_the_cpu_gives(kind, block_aware, dtype, tolerance):
         assert gpu["num_tokens"] == pytest.approx(host["num_tokens"], rel=tolerance)
     for (name, host), gpu in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert ((host == 0) == (gpu == 0)).float().mean() > 1 - tolerance, name
-        assert (host - gpu).norm() < 5 * tolerance * host.norm(), name
+        assert (host - gpu).norm() < 3 * tolerance * host.norm(), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
@@ -1232,7 +1231,7 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch, capability
         (["--sparsity", "1.5"], "sparsity must be at least 0 and below 1, got 1.5"),
         (["--pattern", "4:2"], "pattern must be (N, M) with 0 < N <= M, got (4, 2)"),
         (["--pattern", "2-4"], 2),  # argparse has told it
-        (["--seed", str(2**64)], 2),
+        (["--seed", str(2**64)], "Overflow when unpacking long"),
         (["--calibration", "test.txt", "short.txt", "--nsamples", "1"], 2),
         (
             ["--pattern", "3:5"],
@@ -1252,7 +1251,7 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch, capability
         (["--save", "missing/out"], "No such file or directory: 'missing/out'"),
         (["--bos"], "tiny has no BOS token: use --no-bos"),
         (["--seqlen", "65"], "seqlen is 65, but the model has only 64 positions"),
-        (["--model", "./missing"], "missing"),
+        (["--model", "./missing"], "configuration and the tokenizer of ./missing"),
         (["--model", "other"], "is beyond the vocabulary of 96"),
         (["--model", "truncated"], "while reading truncated"),
         (["--model", "no tokenizer"], "\n(3) an equivalent slow tokenizer class"),
@@ -1270,7 +1269,7 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
     free = argparse.Namespace(free=1000 if "too large" in arguments else 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     code = run(monkeypatch, folder, *arguments)
-    assert code == sentence or str(sentence) in code
+    assert code == sentence or sentence in code
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -1328,8 +1327,8 @@ def test_messages_are_whole_and_say_what_helps(folder, tmp_path, monkeypatch, mo
 
 
 def test_what_is_reported_is_what_is_stored(folder, tmp_path, monkeypatch):
-    # The checkpoint has 16 bits, in which this change is rounded away, but for the norms. The CPU
-    # computes in 32 bits.
+    # The norms are stored in float32, and all else in bfloat16, in which this change is rounded
+    # away. The CPU computes in float32.
     monkeypatch.setattr(hf.LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", {"layernorm"})
     monkeypatch.setitem(ap.METHODS, "wanda", lambda weight, gram, **_: weight * 1.0001)
     assert run(monkeypatch, folder, "--method", "wanda", "--save", tmp_path / "out") is None
