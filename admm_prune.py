@@ -16,9 +16,9 @@ each block, as its section explains. README.md has what it gains, and where it l
 
 The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
 first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
-loop over the decoder blocks, with `prune_layer`. Solver and loop are the published algorithm, but
-for one change: no norm of a feature counts as less than 1 % of their mean. A few lines are marked
-as block-aware; skip them on a first reading, since block-aware pruning has a section of its own.
+loop over the decoder blocks, with `prune_layer`. Solver and loop are the algorithm of the paper,
+but for one change: no norm of a feature counts as less than 1 % of their mean. What is marked as
+block-aware can be skipped on a first reading, since block-aware pruning has a section of its own.
 Then come the machinery (how the inputs of layers are recorded, and blocks called one by one), the
 calibration text and the command line. eval_ppl.py measures perplexity, and has what both programs
 need: blocks and devices (`find_blocks`, `moved`, `offload_blocks`), loading, and `note`, which adds
@@ -165,7 +165,7 @@ def select_mask(
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
-    scores = values.abs().float()
+    scores = values.abs()
     if pattern is not None:
         N, M = pattern
         if not 0 < N <= M:
@@ -275,9 +275,9 @@ class Product:
 
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # To be skipped at first. For block-aware pruning, this is the place of the output in autograd's
-    # graph, to ask for the gradient there, also if the block changes the output in place. None:
-    # there is no gradient, or the layer is an expert.
+    # Block-aware: the place of the output in autograd's graph, to ask for the gradient there, also
+    # if the block changes the output in place. None: there is no gradient, or the layer is an
+    # expert.
     edge: torch.autograd.graph.GradientEdge | None
 
 
@@ -298,7 +298,7 @@ class BlockCall:
         """
         # A copy, since a block may change its input in place.
         before = before.to(next(self.block.parameters()).device, copy=True)
-        # The recorder notes each product with a weight of the block ("inputs of the layers").
+        # The recorder (`ProductRecorder`) notes each product with a weight of the block.
         with ProductRecorder(self.block) as recorder:
             output = self.block(before, *self.args, **self.kwargs)
         return states_of(output), recorder.products
@@ -311,15 +311,15 @@ class Layer:
     weight: Tensor | None = None  # set by `add`: view of W in the model, (out, in)
     num_tokens: int = 0
     gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
-    # To be skipped at first. These two are for block-aware pruning (`prune_block_aware`).
+    # Block-aware (`prune_block_aware`):
     row_weights: Tensor | float = 1.0  # r, (out_features, 1) float32; 1.0: none
     EtX: Tensor | float = 0.0  # E^T X, (out_features, in_features) float32; 0.0: none
 
     def add(self, product: Product, E: Tensor | None = None) -> None:
         """Add the inputs X of a product X W^T to the sums.
 
-        E, (tokens, hidden_size) float32, is for block-aware pruning, too: what the hidden states
-        after the block lack.
+        Block-aware: E, (tokens, hidden_size) float32, is what the hidden states after the block
+        lack.
         """
         self.weight = product.weight
         self.num_tokens += len(product.X)
@@ -360,7 +360,8 @@ def prune_model(
     """Prune the linear layers inside the decoder blocks of a causal LM, in place.
 
     The layers of a block are pruned for the inputs that they have once the blocks before it are
-    pruned, while their own block is still dense. The embeddings and the LM head stay dense. So do
+    pruned, while their own block is still dense. (If block-aware, the closing layer comes last,
+    when the other layers of its block are pruned.) The embeddings and the LM head stay dense. So do
     routers, experts that no token reaches, and weights that do not enter a matrix product X W^T as
     a whole, such as Mamba's convolutions and `dt_proj`, and DBRX's experts.
 
@@ -379,8 +380,9 @@ def prune_model(
             (`prune_block_aware`). Then the rows of each weight are weighted by how far they move
             these states, which does nothing for methods that rank within rows, such as Wanda. And
             the closing layer of the block is corrected for what the states lack. LLaMA, dense Qwen
-            and OPT have a closing layer. Models with a norm or a multiplier behind the last layer,
-            such as Gemma 3, and most mixtures have none. Stacked experts have no row weights.
+            and most OPT models have a closing layer. Models with a norm or a multiplier behind the
+            last layer, such as Gemma 3, have none, nor have those whose blocks end in experts
+            alone, such as Mixtral. Stacked experts have no row weights.
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: for methods that depend on the layer. options(block, name) gets the number of a
             block and the name of a layer in it, such as "mlp.down_proj". It returns further keyword
@@ -452,7 +454,7 @@ def prune_model(
                 block_results = prune_collected(call.index, collect_layers(call, states))
             results += block_results
             # Through the pruned block:
-            states = [call(before)[0].to("cpu", copy=True) for before in states]
+            states = [call(before)[0].cpu() for before in states]
             call.block.cpu()
     if not results:
         raise ValueError(f"no layer of {type(model).__name__} was pruned")
@@ -504,10 +506,10 @@ def prune_layer(layer: Layer, prune: Callable, stored_dtype: torch.dtype | None 
     if not layer.gram.isfinite().all():
         raise ValueError("the inputs are NaN or infinite")
     target = layer.weight.float()
-    if isinstance(layer.EtX, Tensor):  # only for the closing layer, if block-aware
+    if isinstance(layer.EtX, Tensor):  # block-aware: the closing layer
         target = correct_weight(target, layer.gram, layer.EtX)
     # A copy, which the method may change, contiguous also where the model has the weight
-    # transposed. The row weights are 1.0 unless block-aware.
+    # transposed. Unless block-aware, the row weights are 1.0.
     target = (target * layer.row_weights).contiguous()
     pruned = prune(target, layer.gram)
     if pruned.shape != target.shape or not pruned.is_floating_point():
@@ -550,7 +552,7 @@ def prune_block_aware(
     Return what became of each layer, and the hidden states of the dense model after the block.
     """
     row_weights, closing_name = probe_block(call, dense_states)
-    dense_after = [call(before)[0].to("cpu", copy=True) for before in dense_states]
+    dense_after = [call(before)[0].cpu() for before in dense_states]
 
     layers = collect_layers(call, states, leave_out=closing_name)
     for name in layers:
@@ -618,9 +620,9 @@ def probe_block(
     ADMM ranks different rows.)
 
     The closing layer adds its output to the hidden states as it is, so that the gradient there is
-    equal to the signs. It is the layer called last of those for which this is true in any sequence
-    of the probe. It needs no row weights, since all its outputs move the hidden states alike. The
-    name is None if there is none, for example if a norm stands behind the last layer.
+    equal to the signs. Of the layers for which this is true, it is the one that is called last. It
+    needs no row weights, since all its outputs move the hidden states alike. The name is None if
+    there is none, for example if a norm stands behind the last layer.
 
     `dense_states` are the hidden states of the dense model before the block. The first 8 of them
     are used. Stacked experts have no row weights, since they get only some of the tokens.
@@ -642,7 +644,7 @@ def probe_block(
         # edges, and autograd refuses an empty list.
         gradients = torch.autograd.grad(after, [*edges.values(), before], signs, allow_unused=True)
         for name, gradient in zip(edges, gradients[:-1], strict=True):
-            if gradient is not None:
+            if gradient is not None:  # None: not used, as DeepSeek V4's compressor with few tokens
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[name] += g.square().sum(0)
                 if torch.equal(g, signs[0].float()):  # [0]: there is one sequence
@@ -650,7 +652,8 @@ def probe_block(
     row_weights = {
         name: (s + s.mean()).sqrt()[:, None]
         for name, s in sums.items()
-        if name != closing_name and s.any()  # s = 0: the layer does not move the hidden states
+        # s is 0 if a layer does not move the hidden states, such as Doge's dt_proj before training.
+        if name != closing_name and s.any()
     }
     return row_weights, closing_name
 
@@ -768,7 +771,7 @@ def embed(
     def stop(block, args):
         if not args:
             raise ValueError("the blocks do not get hidden states as their first argument")
-        states.append(args[0].to("cpu", copy=True))
+        states.append(args[0].cpu())
         raise StopForward
 
     with (
@@ -793,7 +796,8 @@ def record_calls(
     """
     blocks = list(eval_ppl.find_blocks(model))
     calls = []
-    states = embed(model, ids, device)  # [those before block 0]
+    # Those before block 0; when `keep` is called, a block may have changed its input in place.
+    states = embed(model, ids, device)
 
     def keep(block, args, kwargs, output):
         calls.append(BlockCall(len(calls), block, args[1:], kwargs))
@@ -975,7 +979,7 @@ def load_and_prune(
     loaded_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     stored_dtype = None
     if args.dtype == "auto" and device.type == "cpu":
-        # Of several dtypes in the blocks, the smallest one, since no weight may overflow in it.
+        # Of several dtypes in the blocks, the smallest one, so that no stored weight overflows.
         stored_dtype = min(
             (p.dtype for p in eval_ppl.find_blocks(model).parameters()), key=lambda d: d.itemsize
         )
@@ -1059,16 +1063,15 @@ def main() -> None:
     cli.add_argument(
         "--nsamples", type=int, default=128, help="calibration sequences; default: 128"
     )
-    cli.add_argument("--seed", type=int, default=0, help="selects the calibration text; default: 0")
+    cli.add_argument("--seed", type=int, default=0, help="of the draw of sequences; default: 0")
     cli.add_argument(
         "--save", type=Path, help="new output folder; default: named by model, method and amount"
     )
     eval_ppl.add_common_arguments(cli)
     args = cli.parse_args()
-    if args.nsamples < len(args.calibration) or args.seqlen < 2 or not 0 <= args.seed < 2**63:
+    if args.nsamples < len(args.calibration) or args.seqlen < 2:
         cli.error(
-            "needed: --nsamples at least the number of --calibration texts, --seqlen at least 2, "
-            "0 <= --seed < 2**63"
+            "needed: --nsamples at least the number of --calibration texts, --seqlen at least 2"
         )
     with eval_ppl.whole_messages("admm_prune.py"):
         prune_and_save(args)
