@@ -71,12 +71,12 @@ def main() -> None:
     zeros = [row for row in read_table("zeros") if "%" in row["zeros"]]
     for axes, text in ((middle, "WikiText-2"), (right, "source code")):
         rows = [row for row in sequences if row["text"] == text]
-        draw(axes, rows, rows[0]["dense"], f"{text}, calibrated with both kinds")
+        draw(axes, rows, rows[0]["dense"], text)
         axes.set_xlabel("calibration sequences, 60 % zeros")
     # The first row of the table is of WikiText-2, too.
-    draw(left, zeros, sequences[0]["dense"], "WikiText-2, calibrated with it alone")
+    draw(left, zeros, sequences[0]["dense"], "WikiText-2")
     left.set_ylabel("perplexity of SmolLM2-135M")
-    left.set_xlabel("% of zeros, 8 sequences")
+    left.set_xlabel("% of zeros, 8 calibration sequences")
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False
     )
