@@ -54,7 +54,6 @@ def draw(axes, rows: list[dict[str, str]], dense: str, title: str) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -71,6 +70,7 @@ def main() -> None:
     zeros = [row for row in read_table("zeros") if "%" in row["zeros"]]
     for axes, text in ((middle, "WikiText-2"), (right, "source code")):
         rows = [row for row in sequences if row["text"] == text]
+        axes.set_xscale("log")
         draw(axes, rows, rows[0]["dense"], text)
         axes.set_xlabel("calibration sequences, 60 % zeros")
     # The first row of the table is of WikiText-2, too.
