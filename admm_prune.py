@@ -796,7 +796,7 @@ def record_calls(
     """
     blocks = list(eval_ppl.find_blocks(model))
     calls = []
-    # Those before block 0; when `keep` is called, a block may have changed its input in place.
+    # Those before block 0. `keep` is called too late for them: a block may change its input.
     states = embed(model, ids, device)
 
     def keep(block, args, kwargs, output):
@@ -1063,15 +1063,16 @@ def main() -> None:
     cli.add_argument(
         "--nsamples", type=int, default=128, help="calibration sequences; default: 128"
     )
-    cli.add_argument("--seed", type=int, default=0, help="of the draw of sequences; default: 0")
+    cli.add_argument("--seed", type=int, default=0, help="draws the sequences; default: 0")
     cli.add_argument(
         "--save", type=Path, help="new output folder; default: named by model, method and amount"
     )
     eval_ppl.add_common_arguments(cli)
     args = cli.parse_args()
-    if args.nsamples < len(args.calibration) or args.seqlen < 2:
+    if args.nsamples < len(args.calibration) or args.seqlen < 2 or not 0 <= args.seed < 2**63:
         cli.error(
-            "needed: --nsamples at least the number of --calibration texts, --seqlen at least 2"
+            "needed: --nsamples at least the number of --calibration texts, --seqlen at least 2, "
+            "0 <= --seed < 2**63"
         )
     with eval_ppl.whole_messages("admm_prune.py"):
         prune_and_save(args)

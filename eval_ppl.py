@@ -237,8 +237,11 @@ def read_text(source: str, split: str) -> str:
         return text[: len(text) // 2] if split == "train" else text[len(text) // 2 :]
     with note(f"while reading {source}; a text file in UTF-8 can be given instead"):
         if source == "wikitext2":
-            rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-            return "\n\n".join(rows["text"])
+            return "\n\n".join(
+                datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)[
+                    "text"
+                ]
+            )
         return Path(source).read_text(encoding="utf-8-sig")  # with or without a byte order mark
 
 

@@ -70,7 +70,7 @@ def main() -> None:
     zeros = [row for row in read_table("zeros") if "%" in row["zeros"]]
     for axes, text in ((middle, "WikiText-2"), (right, "source code")):
         rows = [row for row in sequences if row["text"] == text]
-        axes.set_xscale("log")
+        axes.set_xscale("log")  # before the ticks, which it would replace
         draw(axes, rows, rows[0]["dense"], text)
         axes.set_xlabel("calibration sequences, 60 % zeros")
     # The first row of the table is of WikiText-2, too.
