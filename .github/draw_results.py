@@ -71,12 +71,12 @@ def main() -> None:
     for axes, text in ((middle, "WikiText-2"), (right, "source code")):
         rows = [row for row in sequences if row["text"] == text]
         axes.set_xscale("log")  # before the ticks, which it would replace
-        draw(axes, rows, rows[0]["dense"], text)
-        axes.set_xlabel("calibration sequences, 60 % zeros")
+        draw(axes, rows, rows[0]["dense"], f"{text}, 60 % zeros")
+        axes.set_xlabel("calibration sequences")
     # The first row of the table is of WikiText-2, too.
-    draw(left, zeros, sequences[0]["dense"], "WikiText-2")
+    draw(left, zeros, sequences[0]["dense"], "WikiText-2, 8 sequences")
     left.set_ylabel("perplexity of SmolLM2-135M")
-    left.set_xlabel("% of zeros, 8 calibration sequences")
+    left.set_xlabel("% of zeros")
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False
     )
