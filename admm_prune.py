@@ -1,6 +1,6 @@
 """Layer-wise pruning of large language models with ADMM: no training, no fine-tuning.
 
-    python admm_prune.py --model facebook/opt-6.7b --sparsity 0.5    # as published
+    python admm_prune.py --model facebook/opt-6.7b --sparsity 0.5    # the paper's method
     python admm_prune.py --model Qwen/Qwen3-8B --sparsity 0.6 --block-aware
     # Offline, with a small model from a package and the text of Python's help:
     python admm_prune.py --model smollm2 --calibration help --nsamples 3 --seqlen 512

@@ -208,8 +208,8 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
     else:
         arguments["config"] = transformers.AutoConfig.from_pretrained(name)
         # FP8 and MXFP4 checkpoints would stay quantised on a GPU that has kernels for them. With
-        # this, they are dequantised, and the model's configuration is one of full weights. Other
-        # formats ignore it, and are refused later.
+        # this, they are dequantised, and the model's configuration is one of full weights. Formats
+        # that ignore it are refused later.
         if getattr(arguments["config"], "quantization_config", None) is not None:
             arguments["config"].quantization_config["dequantize"] = True
     with note(f"while reading {name}"):
@@ -298,7 +298,7 @@ def whole_messages(program: str):
             error.add_note(
                 "what helps: a shorter --seqlen (but not while a layer is pruned, nor with several "
                 "windows at once), a GPU with more memory, or --device cpu; for the memory of the "
-                "host, also fewer --nsamples"
+                "host, also a smaller --nsamples or --limit"
             )
         message = "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
         sys.exit(f"{program}: {message}\n(python -X dev shows the traceback)")
