@@ -298,7 +298,7 @@ def whole_messages(program: str):
             error.add_note(
                 "what helps: a shorter --seqlen (but not while a layer is pruned, nor with several "
                 "windows at once), a GPU with more memory, or --device cpu; for the memory of the "
-                "host, also a smaller --nsamples or --limit"
+                "host, in admm_prune.py also fewer --nsamples"
             )
         message = "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
         sys.exit(f"{program}: {message}\n(python -X dev shows the traceback)")

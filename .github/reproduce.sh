@@ -11,8 +11,8 @@
 # The arguments are the model, the number of calibration sequences, and further ones of
 # admm_prune.py, with paths from the folder of the project. With PART=rows, --block-aware has only
 # its row weights (the closing layer is pruned with the others), and with PART=correction, only its
-# correction. Needed are what the README's first commands install, Python 3.11.7 for the same texts,
-# and unzip for Qwen.
+# correction. Needed are what the README's first commands install, the hub for WikiText-2, Python
+# 3.11.7 for the same texts, and unzip for Qwen.
 set -euo pipefail
 export OMP_NUM_THREADS=1  # for the same rounding
 cd "$(dirname "$0")/.."
