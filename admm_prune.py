@@ -10,19 +10,14 @@ For each linear layer with weight W and calibration inputs X, we look for a spar
     ||X W^T - X W'^T||^2 = tr((W - W') G (W - W')^T)    with the Gram matrix G = X^T X.
 
 The default is the algorithm of "Fast and Effective Weight Update for Pruned Large Language Models"
-(Vladimír Boža, TMLR 2024, arXiv 2401.02938): ADMM with a gradual mask, which the paper calls
-ADMM-Grad. `--block-aware` is our extension, for any method. It prunes for the hidden states after
-each block, as its section explains. README.md has what it gains, and where it loses.
+(Vladimír Boža, TMLR 2024, arXiv 2401.02938), which the paper calls ADMM-Grad. `--block-aware` is
+our extension, for any method. Its section can be skipped on a first reading.
 
-The file is meant to be read from top to bottom. A method is a function of W and G. The solver comes
-first; it needs torch alone and is made to be copied. The baselines follow, and `prune_model`, the
-loop over the decoder blocks, with `prune_layer`. Solver and loop are the algorithm of the paper,
-but for one change: no norm of a feature counts as less than 1 % of their mean. What is marked as
-block-aware can be skipped on a first reading, since block-aware pruning has a section of its own.
-Then come the machinery (how the inputs of layers are recorded, and blocks called one by one), the
-calibration text and the command line. eval_ppl.py measures perplexity, and has what both programs
-need: blocks and devices (`find_blocks`, `moved`, `offload_blocks`), loading, and `note`, which adds
-a line to an error that passes through.
+The file is meant to be read from top to bottom. The solver comes first; it needs torch alone and is
+made to be copied. The baselines follow, and `prune_model`, the loop over the decoder blocks. Then
+come block-aware pruning, and the machinery: how the inputs of layers are recorded, blocks called
+one by one, the calibration text and the command line. eval_ppl.py measures perplexity, and has what
+both programs need.
 """
 
 import argparse
@@ -51,7 +46,7 @@ import eval_ppl
 def prune_weight(
     weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: tuple[int, int] | None = None, *,
     mask: Tensor | None = None, damping: float = 0.1, rho: float = 1.0, growing_steps: int = 15,
-    moving_steps: int = 0, frozen_steps: int = 6,
+    moving_steps: int = 0, frozen_steps: int = 5,
 ) -> Tensor:  # fmt: skip
     """Return a weight pruned with ADMM and gradual mask selection (paper, sections 3 and 4).
 
@@ -60,8 +55,7 @@ def prune_weight(
     Args:
         weight: W, (out_features, in_features), any float dtype.
         gram: G = X^T X over all calibration tokens, (in_features, in_features).
-        sparsity: share of zeros, from 0 to below 1. The mask prunes round(sparsity * numel) entries
-            of the whole matrix; rows may have different numbers of zeros.
+        sparsity: share of zeros in the whole matrix, from 0 to below 1.
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and all steps then only optimise the values of these entries.
@@ -69,8 +63,8 @@ def prune_weight(
             scaled Gram matrix, which is 1.
         rho: penalty, for features that are scaled to norm 1.
         growing_steps: steps in which the share of zeros grows to its final value; at least 1.
-        moving_steps: further steps in which the mask is still selected anew. The authors' released
-            code without N:M has growing_steps=1 and moving_steps=14.
+        moving_steps: further steps in which the mask is still selected anew. The author's code
+            without N:M has growing_steps=1 and moving_steps=14.
         frozen_steps: last steps, in which the mask stays the same.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
@@ -81,57 +75,50 @@ def prune_weight(
         raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
     if growing_steps < 1 or min(moving_steps, frozen_steps) < 0:
         raise ValueError("needed: growing_steps at least 1, the other steps at least 0")
+    if gram.shape != (weight.shape[1], weight.shape[1]):
+        raise ValueError(f"gram is {tuple(gram.shape)}, but in_features is {weight.shape[1]}")
     gram = gram.float()
     # Feature j is divided by its norm d_j, so that one rho suits all features. Column j of W is
     # multiplied by it, so that the outputs stay the same. The first mask ranks the entries of
     # W0 = W d by magnitude, which is Wanda's score.
-    #
-    # The damping of a feature is a share of its own squared norm, and thus almost nothing for a
-    # feature that is hardly ever active. N:M has to keep weights of such features, too, and these
-    # weights could become huge. So no norm counts as less than 1 % of the mean. This floor is ours.
     d = feature_norms(gram)  # (in,)
-    # The paper's damping is a share of the mean of the scaled diagonal. Without our floor, this
-    # diagonal is 1 for active features and 0 for others, so its mean is the share of active ones.
-    active_share = float((gram.diagonal() > 0).float().mean())
-    # H is G with a damped diagonal in place of its own, which is d^2 but for the floor.
-    H = gram.diagonal_scatter((1 + damping * active_share) * d**2)  # (in, in)
-    # In place, since H is large: first A, then A + rho I, then its inverse.
-    A = H.div_(d).div_(d[:, None])
-    A.diagonal().add_(rho)
-    R = invert_(A).mul_(rho)  # rho (A + rho I)^-1
     W0 = weight.float() * d  # (out, in)
+    A = (gram / d).div_(d[:, None])  # (in, in), in place from here on, since it is large
+    # The diagonal of A is 1, but for the floor. The paper adds a share of its mean to it, in which
+    # features that are never active count as 0.
+    active_share = float((gram.diagonal() > 0).float().mean())
+    A.fill_diagonal_(1 + damping * active_share + rho)  # A + rho I
+    R = invert_(A).mul_(rho)  # rho (A + rho I)^-1
 
     # ADMM has two copies of W0: V reconstructs the outputs, and Z has the zeros. U, the scaled dual
-    # variable, is the sum of V - Z over the steps so far. Each step changes one after the other:
+    # variable, is the sum of V - Z over the steps so far. A step has the sum Y = V + U and takes
     #
-    # V minimises tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2.
-    # Z is the matrix with the required zeros that is nearest to V + U.
-    # U becomes U + V - Z. That is 0 where an entry is kept, and V + U where it is pruned. So a
-    #     pruned entry of V is pushed towards 0, harder with each step until it is there. Without U,
-    #     V would stop between its optimum and Z.
-    Z = W0  # so that V is W0 in step 1, and the first mask is selected from the dense weight
-    U = torch.zeros_like(W0)
+    # Z, the matrix with the required zeros that is nearest to Y;
+    # U = Y - Z, which is 0 where an entry is kept, and pushes a pruned entry of V towards 0, harder
+    #     with each step until it is there;
+    # V, which minimises tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2. The paper writes it as
+    #     (W0 A + rho (Z - U)) (A + rho I)^-1. With W0 A = W0 (A + rho I) - rho W0, this is
+    #     W0 + (Z - U - W0) R.
+    Y = W0  # V is W0, and U is 0
     kept = mask
-    selecting_steps = growing_steps + moving_steps
-    for step in range(1, selecting_steps + frozen_steps + 1):
-        # The paper has V = (W0 A + rho (Z - U)) (A + rho I)^-1. This is the same, since
-        # W0 A = W0 (A + rho I) - rho W0.
-        V = W0 + (Z - U - W0) @ R
-        if mask is None and step <= selecting_steps:
-            growth = min(step / growing_steps, 1.0)
-            progress = 1 - (1 - growth) ** 3  # paper, section 4
-            # To select entries in another way, replace this call. It gets a scaled weight, whose
-            # magnitudes say what the entries are worth, and returns True where an entry is kept.
-            kept = select_mask(V + U, sparsity, pattern, progress)
-        Z = torch.where(kept, V + U, 0)
-        U = U + V - Z
-    return (Z / d).to(weight.dtype)
+    for step in range(1, growing_steps + moving_steps + frozen_steps + 1):
+        if mask is None and step <= growing_steps + moving_steps:
+            progress = 1 - (1 - min(step / growing_steps, 1)) ** 3  # paper, section 4
+            # To select entries in another way, replace this call. The magnitudes of Y say what the
+            # entries are worth.
+            kept = select_mask(Y, sparsity, pattern, progress)
+        Z = torch.where(kept, Y, 0)
+        U = Y - Z
+        Y = W0 + (Z - U - W0) @ R + U  # V + U
+    return (torch.where(kept, Y, 0) / d).to(weight.dtype)
 
 
 def feature_norms(gram: Tensor) -> Tensor:
     """Return the norms of the input features, (in_features,), each at least 1 % of their mean.
 
-    A feature that was never active has the norm 0, and the solver divides by norms.
+    This floor is ours. The damping of a feature is a share of its squared norm, and thus almost
+    nothing for a feature that is hardly ever active. N:M has to keep weights of such features, too,
+    and these weights could become huge.
     """
     norms = gram.diagonal().sqrt()
     return norms.clamp(min=0.01 * float(norms.mean()) + 1e-12)  # 1e-12: all of them may be 0
@@ -141,7 +128,6 @@ def invert_(A: Tensor) -> Tensor:
     """Replace a positive definite matrix by its inverse, in its own memory, and return it."""
     L = torch.linalg.cholesky(A)  # A = L L^T, so that A^-1 = L^-T L^-1
     A.zero_().fill_diagonal_(1)
-    # PyTorch lets the right-hand side and `out` be the same tensor.
     torch.linalg.solve_triangular(L, A, upper=False, out=A)
     return torch.linalg.solve_triangular(L.mT, A, upper=True, out=A)
 
@@ -156,10 +142,8 @@ def select_mask(
 
     The mask is False at the round(sparsity * numel) smallest magnitudes of the whole matrix, not of
     each row. With a pattern (N, M), which overrides `sparsity`, it is False at all entries but the
-    N largest of each group of M.
-
-    A `progress` below 1 is for a gradual mask. Then only this share of these entries is False: the
-    smallest ones, ranked over the whole matrix.
+    N largest of each group of M. If `progress` is below 1, only this share of these entries is
+    False: the smallest ones of the whole matrix.
 
     Raises: ValueError if sparsity or pattern is invalid.
     """
@@ -175,7 +159,7 @@ def select_mask(
         sparsity = 1 - N / M
         groups = scores.unflatten(1, (-1, M))  # (out, in / M, M)
         # With infinity as their scores, the N largest of each group are not among the smallest.
-        scores = groups.scatter(2, groups.topk(N).indices, torch.inf)
+        scores = groups.scatter(2, groups.topk(N, sorted=False).indices, torch.inf)
     zeros = round(progress * sparsity * scores.numel())
     smallest = scores.flatten().topk(zeros, largest=False, sorted=False).indices
     mask = torch.ones(values.numel(), dtype=torch.bool, device=values.device)
@@ -192,24 +176,22 @@ def sparsegpt(
 ) -> Tensor:
     """Return a weight pruned with SparseGPT (Frantar and Alistarh, ICML 2023, arXiv 2301.00774).
 
-    Columns are pruned from left to right, and the columns further right adapt to each error. As in
-    the released code, 1 % of the mean diagonal is added to the diagonal of the Gram matrix, the
-    mask is selected for 128 columns at a time, or for one group of a pattern, and features that
+    As in the released code, 1 % of the mean diagonal is added to the diagonal of the Gram matrix,
+    the mask is selected for 128 columns at a time, or for one group of a pattern, and features that
     were never active lose all their weights, even beyond the sparsity asked for. (There, these
     features count as 1 in the mean, and here as 0.)
     """
-    select_mask(weight[:1], sparsity, pattern)  # refuses an invalid amount before the work starts
+    wanda(weight[:1], gram, sparsity, pattern)  # refuses invalid arguments before the work starts
     W = weight.float().clone()  # (out, in)
     gram = gram.float()
     W[:, gram.diagonal() == 0] = 0
     damping = 0.01 * gram.diagonal().mean() + 1e-12  # 1e-12: all features may be inactive
     H = gram.diagonal_scatter(gram.diagonal() + damping)  # (in, in)
-    # Column j needs the inverse of H[j:, j:], since the columns before it are fixed. One upper
-    # triangular factor C has all of these inverses:
-    #     H^-1 = C^T C    and therefore    (H[j:, j:])^-1 = C[j:, j:]^T C[j:, j:],
-    # of which the first row is C_jj C[j, j:], and the first entry C_jj^2. To remove an entry w of
-    # column j costs w^2 / (first entry) = (w / C_jj)^2, and changes the columns from j on by
-    # -w (first row) / (first entry) = -(w / C_jj) C[j, j:] (equation 3 of the paper).
+    # Columns are pruned from left to right, and those further right make up for each error. To
+    # remove an entry w of column j, with B = (H[j:, j:])^-1, costs w^2 / B_00 and changes the
+    # columns from j on by -w B_0 / B_00 (equation 3 of the paper). One upper triangular factor C
+    # of H^-1 = C^T C has all these inverses: B = C[j:, j:]^T C[j:, j:]. So B_00 is C_jj^2, and the
+    # row B_0 is C_jj C[j, j:].
     C = torch.linalg.cholesky(invert_(H), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, W.shape[1], width):
@@ -234,6 +216,8 @@ def wanda(
 
     ||x|| is the norm of an input feature (Sun et al., ICLR 2024, arXiv 2306.11695).
     """
+    if gram.shape != (weight.shape[1], weight.shape[1]):
+        raise ValueError(f"gram is {tuple(gram.shape)}, but in_features is {weight.shape[1]}")
     if pattern is None:
         # Each row is one group, of which at least one entry is kept.
         pattern = (max(weight.shape[1] - round(sparsity * weight.shape[1]), 1), weight.shape[1])
@@ -269,77 +253,10 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 # ------------------------------------------------------------------------------ pruning a model
 
 
-@dataclass
-class Product:
-    """A product X W^T within a block."""
-
-    weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
-    X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # Block-aware: the place of the output in autograd's graph, to ask for the gradient there, also
-    # if the block changes the output in place. None: there is no gradient, or the layer is an
-    # expert.
-    edge: torch.autograd.graph.GradientEdge | None
-
-
-@dataclass
-class BlockCall:
-    """A decoder block, and what the model hands to it besides the hidden states, such as masks."""
-
-    index: int  # of the block
-    block: nn.Module
-    args: tuple  # positional arguments after the hidden states
-    kwargs: dict
-
-    def __call__(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
-        """Return the hidden states of one sequence after the block, given those before it.
-
-        Both are (1, seqlen, hidden_size). Also return the products X W^T in the block, by the name
-        of the layer.
-        """
-        # A copy, since a block may change its input in place.
-        before = before.to(next(self.block.parameters()).device, copy=True)
-        # The recorder (`ProductRecorder`) notes each product with a weight of the block.
-        with ProductRecorder(self.block) as recorder:
-            output = self.block(before, *self.args, **self.kwargs)
-        return states_of(output), recorder.products
-
-
-@dataclass
-class Layer:
-    """A linear layer, or an expert of a mixture, with sums over its calibration tokens."""
-
-    weight: Tensor | None = None  # set by `add`: view of W in the model, (out, in)
-    num_tokens: int = 0
-    gram: Tensor | float = 0.0  # X^T X, (in_features, in_features) float32
-    # Block-aware (`prune_block_aware`):
-    row_weights: Tensor | float = 1.0  # r, (out_features, 1) float32; 1.0: none
-    EtX: Tensor | float = 0.0  # E^T X, (out_features, in_features) float32; 0.0: none
-
-    def add(self, product: Product, E: Tensor | None = None) -> None:
-        """Add the inputs X of a product X W^T to the sums.
-
-        Block-aware: E, (tokens, hidden_size) float32, is what the hidden states after the block
-        lack.
-        """
-        self.weight = product.weight
-        self.num_tokens += len(product.X)
-        # A weight of 16 bits has inputs of 16 bits. TF32 multiplies these exactly, and an A100 is
-        # eight times as fast in it as in float32. (E is rounded to 11 bits.) `flags` sets how
-        # PyTorch multiplies in float32 until the `with` ends, unless the caller has set it for
-        # CUDA's products; None changes nothing.
-        with torch.backends.flags(
-            fp32_precision="tf32" if product.weight.element_size() == 2 else None
-        ):
-            self.gram += product.X.T @ product.X
-            if E is not None:
-                self.EtX += E.T @ product.X
-
-
 def leave_routers_dense(block: int, name: str) -> dict | None:
     """Return None for the router of a mixture of experts, and {} for other layers.
 
-    This is the default of `options` in `prune_model`. Common practice leaves routers dense: they
-    are small, and they choose the experts. `block` is not used.
+    This is the default of `options` in `prune_model`. Routers are small, and choose the experts.
     """
     routers = {"router", "gate", "shared_expert_gate", "router_gate"}
     return {} if routers.isdisjoint(name.split(".")) else None
@@ -359,48 +276,192 @@ def prune_model(
 ) -> list[dict]:  # fmt: skip
     """Prune the linear layers inside the decoder blocks of a causal LM, in place.
 
-    The layers of a block are pruned for the inputs that they have once the blocks before it are
-    pruned, while their own block is still dense. (If block-aware, the closing layer comes last,
-    when the other layers of its block are pruned.) The embeddings and the LM head stay dense. So do
-    routers, experts that no token reaches, and weights that do not enter a matrix product X W^T as
-    a whole, such as Mamba's convolutions and `dt_proj`, and DBRX's experts.
-
         prune_model(model, tokens, partial(sparsegpt, sparsity=0.6))
+
+    The layers of a block are pruned for the inputs that they have once the blocks before it are
+    pruned, while their own block is still dense. Experts that no token reaches stay dense, and so
+    do weights that do not enter a product X W^T as a whole, such as convolutions.
 
     Args:
         model: a Hugging Face decoder-only model. It is moved to the host and set to evaluation
-            mode, and its experts are set to run without fused kernels. After an exception it may be
-            pruned in part, with a block left on the device.
+            mode. After an exception it may be pruned in part.
         tokens: calibration tokens, (sequences, seqlen) int64.
         prune: the method, one of this file or your own. prune(weight, gram) gets a weight,
             (out_features, in_features), and the Gram matrix of its inputs, (in_features,
-            in_features), both float32, and returns the pruned weight. It may change the weight in
-            place, but not the Gram matrix.
-        block_aware: whether to look at the hidden states after a block when its layers are pruned
-            (`prune_block_aware`). Then the rows of each weight are weighted by how far they move
-            these states, which does nothing for methods that rank within rows, such as Wanda. And
-            the closing layer of the block is corrected for what the states lack. LLaMA, dense Qwen
-            and most OPT models have a closing layer. Models with a norm or a multiplier behind the
-            last layer, such as Gemma 3, have none, nor have those whose blocks end in experts
-            alone, such as Mixtral. Stacked experts have no row weights.
+            in_features), both float32, and returns the pruned weight. It must not change the Gram
+            matrix in place.
+        block_aware: whether to prune for the hidden states after each block (`prune_block_aware`).
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
-        options: for methods that depend on the layer. options(block, name) gets the number of a
-            block and the name of a layer in it, such as "mlp.down_proj". It returns further keyword
-            arguments of `prune`, such as {"sparsity": 0.7}, or None to leave the layer as it is.
-            Default: routers stay as they are. A function of your own takes its place, and should
-            return None for routers, too.
-        stored_dtype: the dtype in which the weights will be stored, if the model computes in a
-            larger one, as from the command line on a CPU. Each pruned weight is rounded to it
-            before it is checked, reported and used. Default: the dtype of the weight.
+        options: gets the number of a block and the name of a layer in it, such as "mlp.down_proj".
+            It returns further keyword arguments of `prune`, such as {"sparsity": 0.7}, or None to
+            leave the layer dense, as the default does with routers.
+        stored_dtype: what each pruned weight is rounded to. Default: the dtype of the weight.
 
-    Returns: a dict for each pruned layer, in the order in which they were pruned. It has the number
-        of the "block", the "name" of the layer in the block, its "shape", (out_features,
-        in_features), its "sparsity" (share of zeros), its "error" (`measure_error`, compared with
-        the dense weight; that of a closing layer includes the correction), and "num_tokens", the
-        number of calibration tokens that reached it.
+    Returns: a dict for each pruned layer, with the number of the "block", the "name" of the layer
+        in it, its "shape", (out_features, in_features), its "sparsity" (share of zeros), its
+        "error" (`measure_error`), and "num_tokens", the number of tokens that reached it.
     Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned.
         Errors of a method pass through. Notes name the block and the layer.
     """
+    check_prunable(model, tokens)
+    device = eval_ppl.select_device(device)
+    model.cpu().eval()
+    # Fused kernels would hide the products of experts from `ProductRecorder`.
+    model.set_experts_implementation("eager")
+    calls = checked_calls(model, tokens, device)
+    # Hidden states of each sequence before the current block, in the model that is being pruned.
+    states = embed(model, tokens, device)
+    dense_states = states if block_aware else None  # those in the dense model
+    results = []
+    progress = tqdm(calls, "pruning blocks")
+    for call in progress:
+        with eval_ppl.note(f"while pruning block {call.index}"):
+            call.block.to(device)
+            if block_aware:
+                block_results, dense_states = prune_block_aware(
+                    call, states, dense_states, prune, options, stored_dtype
+                )
+            else:
+                layers = collect_layers(call, states)
+                block_results = prune_layers(call.index, layers, prune, options, stored_dtype)
+            states = [call(before) for before in states]  # through the pruned block
+            call.block.cpu()
+        results += block_results
+        progress.set_postfix(error=max((row["error"] for row in block_results), default=0.0))
+    if not results:
+        raise ValueError(f"no layer of {type(model).__name__} was pruned")
+    return results
+
+
+@dataclass
+class Product:
+    """A product X W^T within a block."""
+
+    weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
+    X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
+    # Block-aware: the place of the output in autograd's graph, which stays if the block changes the
+    # output in place. None: there is no gradient, or the layer is an expert.
+    edge: torch.autograd.graph.GradientEdge | None
+
+
+@dataclass
+class BlockCall:
+    """A decoder block, and what the model hands to it besides the hidden states, such as masks."""
+
+    index: int  # of the block
+    block: nn.Module
+    args: tuple  # positional arguments after the hidden states
+    kwargs: dict
+
+    def __call__(self, before: Tensor) -> Tensor:
+        """Return the hidden states of one sequence after the block, given those before it.
+
+        Both are (1, seqlen, hidden_size), and lie on the same device, that of the block or another.
+        """
+        # A copy, since a block may change its input in place.
+        states = before.to(next(self.block.parameters()).device, copy=True)
+        return states_of(self.block(states, *self.args, **self.kwargs)).to(before.device)
+
+    def record(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
+        """Return also the products X W^T in the block, by the name of the layer."""
+        with ProductRecorder(self.block) as recorder:
+            return self(before), recorder.products
+
+
+@dataclass
+class Layer:
+    """A linear layer, or an expert of a mixture, with sums over its calibration tokens."""
+
+    weight: Tensor | None = None  # set by `add`: view of W in the model, (out, in)
+    num_tokens: int = 0
+    gram: Tensor | float = 0.0  # X^T X, (in, in) float32
+    # Block-aware (`prune_block_aware`):
+    row_weights: Tensor | float = 1.0  # r, (out, 1) float32; 1.0: none
+    EtX: Tensor | float = 0.0  # E^T X, (out, in) float32; 0.0: none
+
+    def add(self, product: Product, E: Tensor | None = None) -> None:
+        """Add the inputs X of a product X W^T to the sums; block-aware: with E, (tokens, out)."""
+        self.weight = product.weight
+        self.num_tokens += len(product.X)
+        # TF32 multiplies the inputs of a weight of 16 bits exactly, eight times as fast as float32
+        # on an A100. (E is rounded to 11 bits.) None changes nothing.
+        with torch.backends.flags(
+            fp32_precision="tf32" if product.weight.element_size() == 2 else None
+        ):
+            self.gram += product.X.T @ product.X
+            if E is not None:
+                self.EtX += E.to(product.X.device).T @ product.X
+
+    def prune(self, prune: Callable, stored_dtype: torch.dtype | None = None) -> dict:
+        """Prune the weight in place, and return what `prune_model` tells of the layer."""
+        if not self.gram.isfinite().all():
+            raise ValueError("the inputs are NaN or infinite")
+        target = self.weight.float()
+        if isinstance(self.EtX, Tensor):  # block-aware: the closing layer
+            target = correct_weight(target, self.gram, self.EtX)
+        # A copy, which the method may change, contiguous also where the model has the weight
+        # transposed.
+        target = (target * self.row_weights).contiguous()
+        pruned = prune(target, self.gram)
+        if pruned.shape != target.shape or not pruned.is_floating_point():
+            raise ValueError(
+                f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
+                f"but the weight is {tuple(target.shape)} {target.dtype}"
+            )
+        pruned = (pruned / self.row_weights).to(stored_dtype or self.weight.dtype)
+        if not pruned.isfinite().all():
+            raise ValueError(f"the pruned weights are NaN or overflow {pruned.dtype}")
+        result = {
+            "shape": tuple(pruned.shape),
+            "sparsity": int((pruned == 0).sum()) / pruned.numel(),
+            "error": measure_error(self.weight, pruned, self.gram),
+            "num_tokens": self.num_tokens,
+        }
+        self.weight.copy_(pruned)
+        return result
+
+
+def collect_layers(
+    call: BlockCall, states: list[Tensor], leave_out: str | None = None
+) -> dict[str, Layer]:
+    """Return the layers of a block by name, with their sums over all sequences.
+
+    `states` are the hidden states of each sequence before the block. `leave_out` is the name of a
+    layer that is not wanted.
+    """
+    layers = defaultdict(Layer)
+    for before in states:
+        _, products = call.record(before)
+        for name in list(products):
+            if name != leave_out:
+                layers[name].add(products.pop(name))  # frees the copy of X
+    return layers
+
+
+def prune_layers(
+    block: int, layers: dict[str, Layer], prune: Callable, options: Callable,
+    stored_dtype: torch.dtype | None,
+) -> list[dict]:  # fmt: skip
+    """Prune the layers of one block in place, and return what became of each.
+
+    `layers` has them by name. It is emptied, so that the sums of a layer are freed before the next
+    one is pruned.
+    """
+    results = []
+    for name in list(layers):
+        layer = layers.pop(name)
+        arguments = options(block, name)
+        if arguments is not None:
+            with eval_ppl.note(f"layer {name}"):
+                results.append(
+                    {"block": block, "name": name}
+                    | layer.prune(partial(prune, **arguments), stored_dtype)
+                )
+    return results
+
+
+def check_prunable(model: transformers.PreTrainedModel, tokens: Tensor) -> None:
+    """Raise a ValueError if the model or the tokens are not such as `prune_model` takes."""
     matrices = [
         p for block in eval_ppl.find_blocks(model) for p in block.parameters() if p.ndim > 1
     ]
@@ -431,142 +492,48 @@ def prune_model(
         if applies:
             raise ValueError(problem)
     eval_ppl.check_fits(model.config, tokens.shape[1], int(tokens.max()))
-    device = eval_ppl.select_device(device)
-    model.cpu().eval()
-    # Fused kernels would hide the products of experts from `ProductRecorder` (see below).
-    model.set_experts_implementation("eager")
-    prune_collected = partial(prune_layers, prune=prune, options=options, stored_dtype=stored_dtype)
-    # Each block with its other arguments, such as masks. Called one by one, the blocks have to do
-    # what they do in the model, or the model is refused.
-    calls = checked_calls(model, tokens, device)
-    # Hidden states of each sequence before the current block, in the model that is being pruned.
-    states = embed(model, tokens, device)
-    dense_states = states if block_aware else None  # those in the dense model
-    results = []
-    for call in tqdm(calls, "pruning blocks"):
-        with eval_ppl.note(f"while pruning block {call.index}"):
-            call.block.to(device)
-            if block_aware:
-                block_results, dense_states = prune_block_aware(
-                    call, states, dense_states, prune_collected
-                )
-            else:
-                block_results = prune_collected(call.index, collect_layers(call, states))
-            results += block_results
-            # Through the pruned block:
-            states = [call(before)[0].cpu() for before in states]
-            call.block.cpu()
-    if not results:
-        raise ValueError(f"no layer of {type(model).__name__} was pruned")
-    return results
-
-
-def collect_layers(
-    call: BlockCall, states: list[Tensor], leave_out: str | None = None
-) -> dict[str, Layer]:
-    """Return the layers of a block, by name, with the Gram matrices of their inputs.
-
-    `states` are the hidden states of each sequence before the block. `leave_out` is the name of a
-    layer that is not wanted; None: there is none.
-    """
-    layers = defaultdict(Layer)
-    for before in states:
-        _, products = call(before)
-        products.pop(leave_out, None)  # no layer is called None
-        for name in list(products):
-            layers[name].add(products.pop(name))  # pop frees the copy of X
-    return layers
-
-
-def prune_layers(
-    block: int, layers: dict[str, Layer], prune: Callable, options: Callable,
-    stored_dtype: torch.dtype | None,
-) -> list[dict]:  # fmt: skip
-    """Prune the layers of one block, in place, and return what became of each.
-
-    `layers` has them by name. It is emptied, so that the sums of a layer are freed before the next
-    one is pruned. For the rest, see `prune_model`.
-    """
-    results = []
-    for name in list(layers):
-        layer = layers.pop(name)
-        arguments = options(block, name)
-        if arguments is not None:
-            with eval_ppl.note(f"layer {name}"):
-                result = prune_layer(layer, partial(prune, **arguments), stored_dtype)
-                results.append({"block": block, "name": name} | result)
-    return results
-
-
-def prune_layer(layer: Layer, prune: Callable, stored_dtype: torch.dtype | None = None) -> dict:
-    """Prune the weight of a layer, in place, with the method prune(weight, gram).
-
-    Return its "shape", "sparsity", "error" and "num_tokens", as described in `prune_model`.
-    """
-    if not layer.gram.isfinite().all():
-        raise ValueError("the inputs are NaN or infinite")
-    target = layer.weight.float()
-    if isinstance(layer.EtX, Tensor):  # block-aware: the closing layer
-        target = correct_weight(target, layer.gram, layer.EtX)
-    # A copy, which the method may change, contiguous also where the model has the weight
-    # transposed. Unless block-aware, the row weights are 1.0.
-    target = (target * layer.row_weights).contiguous()
-    pruned = prune(target, layer.gram)
-    if pruned.shape != target.shape or not pruned.is_floating_point():
-        raise ValueError(
-            f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
-            f"but the weight is {tuple(target.shape)} {target.dtype}"
-        )
-    pruned = (pruned / layer.row_weights).to(stored_dtype or layer.weight.dtype)
-    if not pruned.isfinite().all():
-        raise ValueError(f"the pruned weights are NaN or overflow {pruned.dtype}")
-    result = {
-        "shape": tuple(pruned.shape),
-        "sparsity": int((pruned == 0).sum()) / pruned.numel(),
-        "error": measure_error(layer.weight, pruned, layer.gram),
-        "num_tokens": layer.num_tokens,
-    }
-    layer.weight.copy_(pruned)
-    return result
 
 
 # --------------------------------------------------------------------------- block-aware pruning
 
 
 def prune_block_aware(
-    call: BlockCall, states: list[Tensor], dense_states: list[Tensor], prune_collected: Callable
-) -> tuple[list[dict], list[Tensor]]:
+    call: BlockCall, states: list[Tensor], dense_states: list[Tensor], prune: Callable,
+    options: Callable, stored_dtype: torch.dtype | None,
+) -> tuple[list[dict], list[Tensor]]:  # fmt: skip
     """Prune the layers of a block with a view to the hidden states after it. This is ours.
 
     The *closing layer* of a block is the layer whose output the block adds, unchanged, to the
     hidden states at its end, "mlp.down_proj" in a LLaMA. The other layers are pruned first, with
     their rows weighted by how far these move the hidden states after the block (`probe_block`).
     Then the closing layer is corrected for what the hidden states lack by then, compared with the
-    dense model, whether this block or an earlier one has lost it (`correct_weight`), and pruned. If
-    there is no closing layer, all layers are weighted.
+    dense model (`correct_weight`), and pruned.
+
+    If there is no closing layer, all layers are weighted. That is so where a norm or a multiplier
+    stands behind the last layer, as in Gemma 3, or where experts close the block, as in Mixtral.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
-    model that is being pruned and in the dense model. prune_collected(block, layers) is
-    `prune_layers` with its other arguments.
-
-    Return what became of each layer, and the hidden states of the dense model after the block.
+    model that is being pruned and in the dense model. Return what became of each layer, and the
+    hidden states of the dense model after the block.
     """
     row_weights, closing_name = probe_block(call, dense_states)
-    dense_after = [call(before)[0].cpu() for before in dense_states]
+    dense_after = [call(before) for before in dense_states]
 
     layers = collect_layers(call, states, leave_out=closing_name)
     for name in layers:
         layers[name].row_weights = row_weights.get(name, 1.0)
-    results = prune_collected(call.index, layers)
+    results = prune_layers(call.index, layers, prune, options, stored_dtype)
 
     if closing_name is not None:
         closing_layer = Layer()  # without row weights
         for before, wanted in zip(states, dense_after, strict=True):
-            after, products = call(before)  # the closing layer is still dense
-            E = wanted.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
+            after, products = call.record(before)  # the closing layer is still dense
+            E = wanted.float() - after.float()  # (1, seqlen, hidden_size)
             closing_layer.add(products[closing_name], E[0])
             products.clear()  # frees the copies of all X
-        results += prune_collected(call.index, {closing_name: closing_layer})
+        results += prune_layers(
+            call.index, {closing_name: closing_layer}, prune, options, stored_dtype
+        )
     return results, dense_after
 
 
@@ -574,16 +541,15 @@ def prune_block_aware(
 def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
     """Return W changed so that its output X W^T makes up for a part of what is lacking.
 
-    E, (tokens, out_features), is what is lacking at each output. The result adds half of a ridge
-    regression of E on X to W:
+    E, (tokens, out_features), is what is lacking at each output. Half of a ridge regression of E on
+    X is added to W:
 
         W + 1/2 E^T X (G + D)^-1
 
-    D is the diagonal matrix of the squared norms of the features, with the floor of the solver. D
-    and the half keep the correction from fitting the calibration tokens too closely.
-
-    QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al., ICML 2025) correct
-    all layers by such a formula, for the errors of their own outputs and for quantisation.
+    D is the diagonal matrix of the squared norms of the features. D and the half keep the
+    correction from fitting the calibration tokens too closely. QEP (Arai and Ichikawa, NeurIPS
+    2025, arXiv 2504.09629) and GPTAQ (Li et al., ICML 2025) correct all layers by such a formula,
+    for the errors of their own outputs and for quantisation.
 
     Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, all of one
         float dtype.
@@ -608,21 +574,19 @@ def probe_block(
 
     which says how far an error at y moves the hidden states after the block.
 
-    For the row weights r, (out_features, 1), let s_i be the sum of g^2 at output i over the tokens
-    of all sequences of the probe:
+    For the row weights r, (out_features, 1), let s_i be the sum of g^2 at output i over all tokens:
 
         r_i^2 = s_i + mean(s).
 
-    The mean draws r towards equal weights, since s is noisy. A method gets r W in place of W, and
-    its result is divided by r. Row weights matter only where entries of different rows are ranked
-    together: rows that matter more then keep more of them. (Rankings within a row, as Wanda's, stay
-    the same, and so do the best values for a given mask. With a pattern, only the gradual mask of
-    ADMM ranks different rows.)
+    The mean, over the outputs of the layer, draws r towards equal weights, since s is noisy. A
+    method gets r W in place of W, and its result is divided by r. So rows that matter more keep
+    more entries, if the method ranks entries of different rows together. (With a pattern, only the
+    gradual mask of ADMM does.)
 
     The closing layer adds its output to the hidden states as it is, so that the gradient there is
     equal to the signs. Of the layers for which this is true, it is the one that is called last. It
     needs no row weights, since all its outputs move the hidden states alike. The name is None if
-    there is none, for example if a norm stands behind the last layer.
+    there is none.
 
     `dense_states` are the hidden states of the dense model before the block. The first 8 of them
     are used. Stacked experts have no row weights, since they get only some of the tokens.
@@ -635,7 +599,7 @@ def probe_block(
     for dense_state in dense_states[:8]:
         before = dense_state.detach().requires_grad_()
         with torch.enable_grad():
-            after, products = call(before)
+            after, products = call.record(before)
         edges = {name: p.edge for name, p in products.items() if p.edge is not None}
         products.clear()  # frees the copies of all X before the backward pass
         bits = torch.randint(2, after.shape, generator=generator, dtype=torch.int8, device="cpu")
@@ -647,7 +611,7 @@ def probe_block(
             if gradient is not None:  # None: not used, as DeepSeek V4's compressor with few tokens
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[name] += g.square().sum(0)
-                if torch.equal(g, signs[0].float()):  # [0]: there is one sequence
+                if torch.equal(g, signs[0].float()):  # the block adds this output as it is
                     closing_name = name  # the last such layer stays
     row_weights = {
         name: (s + s.mean()).sqrt()[:, None]
@@ -665,11 +629,9 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
     """While entered, records the products with the weights of a block, by name and in their order.
 
     A weight is that of a linear module, or that of an expert: transformers stacks the experts of a
-    mixture in one parameter, (experts, ..., ...), whose products hooks would not see.
-
-    PyTorch calls `__torch_function__` in place of each function of torch that is called inside the
-    `with`, such as `linear`. It does not call it for those that such a function calls in turn, so
-    that no product is recorded twice.
+    mixture in one parameter, (experts, ..., ...), whose products hooks would not see. PyTorch calls
+    `__torch_function__` in place of each function of torch, such as `linear`, but not in place of
+    those that such a function calls in turn.
     """
 
     def __init__(self, block: nn.Module):
@@ -681,7 +643,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         self.names: dict[tuple[int, int], tuple[str, bool]] = {}  # name, and whether an expert
         for name, module in block.named_modules():
             # Conv1D is the linear layer of GPT-2. A weight that a module computes anew in each
-            # forward is no parameter, and is left out.
+            # forward is no parameter.
             if isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)) and isinstance(
                 module.weight, nn.Parameter
             ):
@@ -695,8 +657,8 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        # PyTorch gives x @ w, x.matmul(w) and torch.matmul(x, w) the same __name__. Factors that
-        # are keyword arguments are not seen. A factor with one dimension is no weight.
+        # x @ w, x.matmul(w) and torch.matmul(x, w) have the same __name__. Factors that are keyword
+        # arguments are not seen. A factor with one dimension is no weight.
         if len(args) > 1 and function.__name__ == "linear":
             self.add(args[0], args[1], output)
         elif (
@@ -736,9 +698,9 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
     def add_experts(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
         """Add the products of all experts of a stack at once, as Llama 4 computes them.
 
-        x is (experts, tokens, in_features), and weight is (experts, out_features, in_features).
-        Each expert has a row for every token, which is 0 if the token goes elsewhere. Products of
-        other shapes are left out, so that their experts stay dense.
+        x is (experts, tokens, in_features), and weight is (experts, out_features, in_features). A
+        row of x is 0 if the token goes elsewhere. The experts of products of other shapes stay
+        dense.
         """
         # A stack, also a transposed one, has the address of its first expert.
         is_stack = (weight.data_ptr(), weight.shape[1:].numel()) in self.names
@@ -762,16 +724,21 @@ class StopForward(Exception):
 def embed(
     model: transformers.PreTrainedModel, tokens: Tensor, device: torch.device
 ) -> list[Tensor]:
-    """Return the hidden states of each sequence before block 0, on the host.
+    """Return the hidden states of each sequence before block 0, on the device or on the host.
 
-    Raise a ValueError unless they are the first positional argument of the block.
+    Those of later blocks lie where these do. Raise a ValueError unless the hidden states are the
+    first positional argument of the block.
     """
     states = []
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0  # bytes
 
     def stop(block, args):
         if not args:
             raise ValueError("the blocks do not get hidden states as their first argument")
-        states.append(args[0].cpu())
+        # Block-aware pruning has three sets of hidden states at once. They stay on the device if
+        # they leave most of its memory for the layers.
+        fits = 3 * len(tokens) * args[0].nbytes < 0.3 * free
+        states.append(args[0] if fits else args[0].cpu())
         raise StopForward
 
     with (
@@ -791,8 +758,8 @@ def record_calls(
 ) -> tuple[list[BlockCall], list[Tensor]]:
     """Return the calls of all blocks for one sequence, (1, seqlen), in the model's own forward.
 
-    Also return the model's own hidden states on the host: those before block 0, and those after
-    each block. Raise a ValueError unless the model calls its blocks one after the other.
+    Also return the model's own hidden states: those before block 0, and those after each block, on
+    the host. Raise a ValueError unless the model calls its blocks one after the other.
     """
     blocks = list(eval_ppl.find_blocks(model))
     calls = []
@@ -822,9 +789,8 @@ def checked_calls(
     """Return the calls of all blocks for the first sequence, which serve for all sequences.
 
     Raise a ValueError unless each block, called by itself with the model's own hidden states before
-    it, gives the model's own hidden states after it. This is checked for two sequences, both with
-    the arguments that the blocks get for the first one. (If a block calls a layer twice, the call
-    itself raises a ValueError.)
+    it, gives the model's own hidden states after it, for two sequences. (`record` raises one if a
+    block calls a layer twice.)
     """
     # Hidden states by block: those before block 0, after it, after block 1, and so on.
     calls, first_states = record_calls(model, tokens[:1], device)
@@ -833,14 +799,16 @@ def checked_calls(
     # On a CPU, the difference is 0. The tolerance is for other orders of sums, as on a GPU.
     tolerance = 5e-3 if model.dtype in (torch.float16, torch.bfloat16) else 5e-5
     for call in tqdm(calls, "checking blocks"):
-        # Both sequences go through a block before the next block, as they do in pruning. If a block
-        # leaves data for later blocks outside of its output, such as in an attribute, then the
-        # first sequence meets those of the second in a later block, and the check fails.
+        # As in pruning, both sequences go through a block before the next block. So a block that
+        # leaves data for a later one in an attribute leaves those of the second sequence, and the
+        # check fails for the first.
         with (
             eval_ppl.note(f"while checking block {call.index}"),
             eval_ppl.moved(eval_ppl.tensors_of(call.block), device),
         ):
-            after = [call(states[call.index])[0].cpu() for states in (first_states, second_states)]
+            after = [
+                call.record(states[call.index])[0].cpu() for states in (first_states, second_states)
+            ]
         difference = relative_difference(
             torch.cat(after),
             torch.cat([first_states[call.index + 1], second_states[call.index + 1]]),
@@ -857,8 +825,7 @@ def checked_calls(
 def relative_difference(a: Tensor, b: Tensor) -> float:
     """Return the norm of a - b relative to that of b, (..., features), as a mean over the tokens.
 
-    It is taken for each token by itself, since some tokens have hidden states hundreds of times
-    larger than the others and would hide them.
+    Some tokens have hidden states hundreds of times larger than the others and would hide them.
     """
     difference = (a.float() - b.float()).norm(dim=-1)
     return float((difference / b.float().norm(dim=-1).clamp(min=1e-30)).mean())
@@ -875,7 +842,7 @@ def calibration_tokens(
 
     For "c4", they are a random crop of each of `nsamples` random documents longer than `seqlen`,
     from the first file of C4's train split. These are the tokens of SparseGPT, Wanda and the
-    authors' code for the same seed and tokenizer. For other texts (`eval_ppl.read_text`, the split
+    author's code for the same seed and tokenizer. For other texts (`eval_ppl.read_text`, the split
     "train"), they are random windows, which may overlap.
 
     `bos` is the token that takes the place of the first token of each sequence; None: none does.
@@ -917,10 +884,9 @@ def calibration_tokens(
 def prune_and_save(args: argparse.Namespace) -> None:
     """Prune the model of the command line, and save it in a new folder.
 
-    The folder is made and gets the tokenizer before a layer is pruned, so that what fails there
-    costs no work. The weights come last. (safetensors renames model.safetensors once it is written,
-    and transformers writes the index of several such files after them.) So a folder that can be
-    loaded is complete.
+    The tokenizer and the configuration are saved before a layer is pruned, so that what fails there
+    costs no work. transformers writes the weights under another name first, or their index last, so
+    that a folder that can be loaded has the whole model.
     """
     method = f"{args.method}-block-aware" if args.block_aware else args.method
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
@@ -929,31 +895,26 @@ def prune_and_save(args: argparse.Namespace) -> None:
     name = Path(args.model).resolve().name.removesuffix(".gguf")
     folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
     with eval_ppl.note(
-        "choose another --save; a folder that has neither model.safetensors nor its index belongs "
-        "to a run that still goes on, or that was killed and whose folder can be deleted"
+        "choose another --save; if that is a folder without model.safetensors and without its "
+        "index, it belongs to a run that still goes on, or that was killed and whose folder can be "
+        "deleted"
     ):
-        folder.mkdir()
+        folder.mkdir(parents=True)
     try:
         model, report = load_and_prune(args, folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # no model is in it yet
         raise
     with eval_ppl.note(f"{folder} has the whole model if it has model.safetensors or its index"):
-        # A report that cannot be written costs no model.
-        try:
-            (folder / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
-        finally:
-            model.save_pretrained(folder)
+        model.save_pretrained(folder)
+        (folder / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
     print(f"{describe_zeros(model)}; wrote {folder}; next: python eval_ppl.py --model {folder}")
 
 
 def load_and_prune(
     args: argparse.Namespace, folder: Path
 ) -> tuple[transformers.PreTrainedModel, dict]:
-    """Return the pruned model of the command line, in the dtypes of its loading, and a report.
-
-    The tokenizer is saved in the folder before the model is loaded.
-    """
+    """Return the pruned model of the command line, in the dtypes of its loading, and a report."""
     device = eval_ppl.select_device(args.device)
     tokenizer, bos = eval_ppl.load_tokenizer(args.model, args.seqlen, args.bos)
     tokenizer.save_pretrained(folder)
@@ -963,25 +924,25 @@ def load_and_prune(
         f"(BOS in each: {bos is not None})",
         flush=True,
     )
-    # The texts take turns, so that the first sequences, which the probe uses, have all kinds. A
-    # text that is named twice has two turns in each round.
+    # The texts take turns, so that the first sequences, which the probe uses, have all kinds.
     turns = (args.calibration * args.nsamples)[: args.nsamples]  # the text of each sequence
     tokens = torch.empty(args.nsamples, args.seqlen, dtype=torch.int64)
     for source in set(turns):
-        places = [i for i, turn in enumerate(turns) if turn == source]
-        tokens[places] = calibration_tokens(
-            source, tokenizer, len(places), args.seqlen, args.seed, bos
+        tokens[[turn == source for turn in turns]] = calibration_tokens(
+            source, tokenizer, turns.count(source), args.seqlen, args.seed, bos
         )
     model = eval_ppl.load_model(args.model, args.dtype)
+    model.config.save_pretrained(folder)
     if sum(p.nbytes for p in model.parameters()) > shutil.disk_usage(folder).free:
         raise ValueError(f"the disk of {folder} has no room for the model")
     # A checkpoint may mix dtypes. Each tensor gets back its own in the end.
     loaded_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     stored_dtype = None
     if args.dtype == "auto" and device.type == "cpu":
-        # Of several dtypes in the blocks, the smallest one, so that no stored weight overflows.
+        # The smallest dtype in the blocks, so that no stored weight overflows.
         stored_dtype = min(
-            (p.dtype for p in eval_ppl.find_blocks(model).parameters()), key=lambda d: d.itemsize
+            {p.dtype for p in eval_ppl.find_blocks(model).parameters()},
+            key=lambda dtype: dtype.itemsize,
         )
         model.float()  # a CPU is slow in 16 bits
     layers = prune_model(
@@ -1012,8 +973,8 @@ def load_and_prune(
 def describe_zeros(model: transformers.PreTrainedModel) -> str:
     """Return a text: the share of zeros in all matrices of the blocks, and which ones are dense.
 
-    A name is called dense if in any block less than 1 % of the matrix is zero. A stack of experts
-    counts as one matrix.
+    A name is called dense if in any block less than 1 % of the matrix is zero. In stacks of which
+    some experts are pruned, the dense ones are counted.
     """
     matrices = {
         name: parameter
@@ -1026,6 +987,13 @@ def describe_zeros(model: transformers.PreTrainedModel) -> str:
         for name, matrix in matrices.items()
         if zeros[name] < 0.01 * matrix.numel()
     }
+    dense_experts = sum(
+        int(((stack == 0).sum((1, 2)) < 0.01 * stack[0].numel()).sum())
+        for name, stack in matrices.items()
+        if stack.ndim == 3 and zeros[name] >= 0.01 * stack.numel()
+    )
+    if dense_experts:
+        dense.add(f"{dense_experts} matrices of experts")
     share = sum(zeros.values()) / sum(matrix.numel() for matrix in matrices.values())
     return f"{share:.2%} of weights are zero (dense: {', '.join(sorted(dense)) or 'none'})"
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,16 +46,16 @@ def perplexity(
     check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
-    # Free memory in bytes, before the model is moved. Without CUDA, 8 GiB are assumed; on a CPU,
-    # nothing is moved.
+    # Free memory in bytes; without CUDA, 8 GiB stand for it. A model that takes more than half of
+    # it visits the device block by block.
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
     fits = sum(tensor.nbytes for tensor in tensors_of(model)) <= free / 2
     model_on_device = moved(tensors_of(model), device) if fits else offload_blocks(model, device)
-    # More windows at once need fewer passes over the blocks. Each token has as many logits as the
-    # vocabulary has entries. Logits of 2 bytes get an eighth of the free memory, those of 4 bytes a
-    # quarter. The bound of 2^14 tokens is for what the blocks compute.
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    windows_at_once = max(1, min(free // 8 // (2 * vocab_size), 2**14) // tokens.shape[1])
+    # More windows at once need fewer such visits. Each token has as many logits as the vocabulary
+    # has entries, which may take a quarter of the free memory in 32 bits. The bound of 2^14 tokens
+    # is for what the blocks compute.
+    logit_bytes = 4 * model.config.get_text_config(decoder=True).vocab_size  # of a token
+    windows_at_once = max(1, min(free // 4 // logit_bytes, 2**14) // tokens.shape[1])
     losses = []
     with model_on_device, note(f"with {windows_at_once} windows at once"):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
@@ -113,9 +114,12 @@ def offload_blocks(model: PreTrainedModel, device: torch.device):
     own forward, so that the device needs room for only one of them.
     """
     blocks = find_blocks(model)
-    others = set(tensors_of(model)) - set(tensors_of(blocks))  # tensors are hashed by identity
-    with moved(others, device), ExitStack() as visit, ExitStack() as hooks:
-        # `visit` holds the block that is on the device. Once closed, it is empty, for the next one.
+    with (
+        moved(set(tensors_of(model)) - set(tensors_of(blocks)), device),  # sets by identity
+        ExitStack() as visit,
+        ExitStack() as hooks,
+    ):
+        # `visit` holds the block that is on the device. `close` sends it back, and the next enters.
         def arrive(block, args):
             visit.enter_context(moved(tensors_of(block), device))
 
@@ -291,7 +295,15 @@ def whole_messages(program: str):
     """
     try:
         yield
-    except (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
+    except (
+        ValueError,
+        OSError,
+        ImportError,
+        RuntimeError,
+        MemoryError,
+        SafetensorError,
+        StrictDataclassError,  # of a configuration
+    ) as error:
         if sys.flags.dev_mode:
             raise
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
