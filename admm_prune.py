@@ -65,7 +65,8 @@ def prune_weight(
         growing_steps: steps in which the share of zeros grows to its final value; at least 1.
         moving_steps: further steps in which the mask is still selected anew. The author's code
             without N:M has growing_steps=1 and moving_steps=14.
-        frozen_steps: last steps, in which the mask stays the same.
+        frozen_steps: last steps, in which the mask stays the same. By default, there are 20 steps
+            in all, as with `iters=20` in the author's code.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
     Raises: ValueError if an argument is invalid; torch.linalg.LinAlgError if a matrix to invert is
@@ -611,7 +612,7 @@ def probe_block(
             if gradient is not None:  # None: not used, as DeepSeek V4's compressor with few tokens
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[name] += g.square().sum(0)
-                if torch.equal(g, signs[0].float()):  # the block adds this output as it is
+                if torch.equal(g, signs[0].to(g)):  # the block adds this output as it is
                     closing_name = name  # the last such layer stays
     row_weights = {
         name: (s + s.mean()).sqrt()[:, None]
