@@ -314,8 +314,8 @@ def prune_model(
     states = embed(model, tokens, device)
     dense_states = states if block_aware else None  # those in the dense model
     results = []
-    progress = tqdm(calls, "pruning blocks")
-    for call in progress:
+    bar = tqdm(calls, "pruning blocks")
+    for call in bar:
         with eval_ppl.note(f"while pruning block {call.index}"):
             call.block.to(device)
             if block_aware:
@@ -328,7 +328,7 @@ def prune_model(
             states = [call(before) for before in states]  # through the pruned block
             call.block.cpu()
         results += block_results
-        progress.set_postfix(error=max((row["error"] for row in block_results), default=0.0))
+        bar.set_postfix(error=max((row["error"] for row in block_results), default=0.0))
     if not results:
         raise ValueError(f"no layer of {type(model).__name__} was pruned")
     return results
@@ -759,8 +759,8 @@ def record_calls(
 ) -> tuple[list[BlockCall], list[Tensor]]:
     """Return the calls of all blocks for one sequence, (1, seqlen), in the model's own forward.
 
-    Also return the model's own hidden states: those before block 0, and those after each block, on
-    the host. Raise a ValueError unless the model calls its blocks one after the other.
+    Also return the model's own hidden states: those before block 0, and those after each block.
+    Raise a ValueError unless the model calls its blocks one after the other.
     """
     blocks = list(eval_ppl.find_blocks(model))
     calls = []
