@@ -35,7 +35,7 @@ import eval_ppl
 
 torch.set_num_threads(1)  # for tensors as small as these, threads get in each other's way
 HERE = Path(__file__).parent
-# The schedule of the authors' code without N:M: the final sparsity from the first step on.
+# The schedule of the author's code without N:M: the final sparsity from the first step on.
 RELEASED = {"growing_steps": 1, "moving_steps": 14}
 DOCS = "\n\n".join(pydoc_data.topics.topics.values())
 # A tiny model: whichever of these names its configuration has, it gets that value for it. For
@@ -388,7 +388,7 @@ def test_the_released_code_in_our_loop_gives_our_model(
 ):
     # Ours does three things as the released codes do them. The norms have no floor. Numbers of
     # zeros are cut where we round them, and without N:M, SparseGPT then adds one. And without N:M,
-    # the authors' ADMM has the final sparsity from the first step on.
+    # the author's ADMM has the final sparsity from the first step on.
     path = HERE / file
     if not path.exists():
         pytest.skip(f"needs a clone of {file.partition('/')[0]} in this folder; README.md links it")
