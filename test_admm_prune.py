@@ -40,41 +40,38 @@ RELEASED = {"growing_steps": 1, "moving_steps": 14}
 DOCS = "\n\n".join(pydoc_data.topics.topics.values())
 # A tiny model: whichever of these names its configuration has, it gets that value for it. For
 # example, OPT's `ffn_dim` becomes 48, and LLaMA's `intermediate_size`, too.
-SIZES = {
-    0: "pad_token_id bos_token_id eos_token_id",
-    1: "n_group topk_group n_groups mamba_n_groups first_k_dense_replace",
-    2: "num_key_value_heads num_kv_heads linear_num_key_heads num_experts_per_tok moe_topk "
-    "index_n_heads o_groups",
-    3: "num_hidden_layers n_layer n_layers decoder_layers",
-    4: "num_attention_heads n_head n_heads decoder_attention_heads rotary_dim num_experts "
+TINY = {
+    "is_decoder": True,  # BERT and its kin are not causal without it
+    "pad_token_id bos_token_id eos_token_id": 0,
+    "n_group topk_group n_groups mamba_n_groups first_k_dense_replace": 1,
+    "num_key_value_heads num_kv_heads linear_num_key_heads num_experts_per_tok moe_topk "
+    "index_n_heads o_groups": 2,
+    "num_hidden_layers n_layer n_layers decoder_layers": 3,
+    "num_attention_heads n_head n_heads decoder_attention_heads rotary_dim num_experts "
     "num_local_experts n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads "
-    "linear_num_value_heads",
-    8: "head_dim kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim "
-    "mamba_d_state linear_value_head_dim sliding_window index_head_dim index_topk state_size",
-    16: "ffn_hidden_size moe_intermediate_size q_lora_rank kv_lora_rank qk_head_dim o_lora_rank "
+    "linear_num_value_heads": 4,
+    "head_dim kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim "
+    "mamba_d_state linear_value_head_dim sliding_window index_head_dim index_topk state_size": 8,
+    "ffn_hidden_size moe_intermediate_size q_lora_rank kv_lora_rank qk_head_dim o_lora_rank "
     "chunk_size mamba_d_head mamba_head_dim shared_expert_intermediate_size word_embed_proj_dim "
-    "expert_ffn_hidden_size",
-    32: "hidden_size n_embd d_model dim emb_dim embedding_size embed_dim hidden_dim "
-    "attention_hidden_size lru_width",
-    48: "intermediate_size ffn_dim n_inner d_ff dff dim_ff decoder_ffn_dim",
-    64: "max_position_embeddings n_positions",
-    512: "vocab_size n_words",
-}
-# The same by name: TINY["ffn_dim"] is 48. BERT and its kin are not causal without `is_decoder`.
-TINY = {name: size for size, names in SIZES.items() for name in names.split()} | {
-    "is_decoder": True
+    "expert_ffn_hidden_size": 16,
+    "hidden_size n_embd d_model dim emb_dim embedding_size embed_dim hidden_dim "
+    "attention_hidden_size lru_width": 32,
+    "intermediate_size ffn_dim n_inner d_ff dff dim_ff decoder_ffn_dim": 48,
+    "max_position_embeddings n_positions": 64,
+    "vocab_size n_words": 512,
 }
 # Some types contradict these values for some names. `make_model` leaves the names of each of these
 # lines at their defaults, one line after the other, until a model can be built. For example, a type
 # that needs its own `head_dim` is built with the second line.
-DROPS = [
-    "",
-    "head_dim",
-    "head_dim qk_head_dim",
-    "num_attention_heads num_key_value_heads",
-    "sliding_window",
-    "num_hidden_layers",
-    "head_dim num_hidden_layers",
+LEFT_AT_DEFAULT = [
+    [],
+    ["head_dim"],
+    ["head_dim", "qk_head_dim"],
+    ["num_attention_heads", "num_key_value_heads"],
+    ["sliding_window"],
+    ["num_hidden_layers"],
+    ["head_dim", "num_hidden_layers"],
 ]
 COMMON = (
     "opt llama mistral qwen2 qwen3 gemma2 gemma3_text phi gpt2 gpt_neox bloom falcon openai-gpt "
@@ -83,13 +80,17 @@ COMMON = (
 REFUSED = ["dory", "hrm_text", "hy_v4", "prophetnet", "xlm"]
 
 
-def build_tiny(kind, drop):
+def build_tiny(kind, left_at_default):
     default = hf.CONFIG_MAPPING[kind]()
     text = default.get_text_config(decoder=True)  # `default` itself or a part of it
     parts = [name for name in default.sub_configs if getattr(default, name) is text]
-    names = set(dir(text if parts else default)) & TINY.keys() - set(drop.split())
-    sizes = {name: TINY[name] for name in sorted(names)}
-    config = type(default)(**({parts[0]: sizes} if parts else sizes))
+    values = {
+        name: value
+        for names, value in TINY.items()
+        for name in names.split()
+        if name in dir(text if parts else default) and name not in left_at_default
+    }
+    config = type(default)(**({parts[0]: values} if parts else values))
     with torch.device("meta"):
         size = sum(p.numel() for p in hf.AutoModelForCausalLM.from_config(config).parameters())
     assert size < 5e6
@@ -105,9 +106,9 @@ def build_tiny(kind, drop):
 def make_model(kind="llama"):
     # A causal LM of that type, small and random; an AssertionError if none can be built.
     reasons = []
-    for drop in DROPS:
+    for left_at_default in LEFT_AT_DEFAULT:
         try:
-            return build_tiny(kind, drop)
+            return build_tiny(kind, left_at_default)
         except Exception as reason:  # each type has its own
             reasons.append(reason)
     raise AssertionError(reasons)
