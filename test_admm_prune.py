@@ -830,7 +830,12 @@ def test_offloaded_blocks_are_put_back_after_their_forward_and_after_an_error():
 # --------------------------------------------------------------------------------------- refusals
 
 
-def hand_on(model, share=0.01):  # what block 0 computes reaches block 2 past the hidden states
+def hand_on(model, share=0.01, first_token=1):
+    # What block 0 computes reaches block 2 past the hidden states. The hidden states of the first
+    # token begin with `first_token` times their values.
+    model.model.embed_tokens.register_forward_hook(
+        lambda _, args, output: torch.cat([first_token * output[:, :1], output[:, 1:]], 1)
+    )
     down = [layer.mlp.down_proj for layer in model.model.layers]
     down[0].register_forward_hook(lambda _, args, output: setattr(down[0], "kept", output))
     down[2].register_forward_hook(lambda _, args, output: output + share * down[0].kept)
@@ -845,6 +850,10 @@ def hand_on(model, share=0.01):  # what block 0 computes reaches block 2 past th
         ),
         (hand_on, "after block 2 differ by .* if it is called alone"),
         (lambda m: hand_on(m.bfloat16(), 0.1), "after block 2 differ by .* if it is called alone"),
+        (  # the first token would hide the others in a norm over all tokens
+            lambda m: hand_on(m, first_token=1e5),
+            "after block 2 differ by .* if it is called alone",
+        ),
         (
             lambda m: m.model.layers[2].mlp.register_forward_pre_hook(
                 lambda mlp, args: setattr(mlp, "again", mlp.up_proj(args[0]))
