@@ -539,8 +539,9 @@ def test_correction_is_half_of_a_ridge_regression():
     torch.testing.assert_close(ap.correct_weight(W, X.T @ X, E.T @ X), W + gain / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_weighted_and_the_closing_layer_is_corrected_for_all_that_the_states_lack(
-    monkeypatch,
+    monkeypatch, dtype
 ):
     # Of block 2, once blocks 0 and 1 are pruned. The closing layer is compared with what float64
     # and the model's own forward give.
@@ -553,30 +554,42 @@ def test_rows_are_weighted_and_the_closing_layer_is_corrected_for_all_that_the_s
         returned[name] = ap.prune_weight(weight, gram)
         return returned[name].clone()
 
-    dense, pruned = make_model(), make_model()
+    dense, pruned = make_model().to(dtype), make_model().to(dtype)
     prune_tiny(pruned, prune, True, tokens=tokens, options=lambda b, name: {"name": name})
     layers, pruned_layers = dense.model.layers[2], copy.deepcopy(pruned.model.layers[2])
     for name, r in probes[2][0].items():
         torch.testing.assert_close(targets[name], layers.get_submodule(name).weight * r)
-        torch.testing.assert_close(pruned_layers.get_submodule(name).weight, returned[name] / r)
+        expected = (returned[name] / r).to(dtype)
+        torch.testing.assert_close(pruned_layers.get_submodule(name).weight, expected)
     down = layers.mlp.down_proj.weight.detach().double()
     pruned.model.layers[2].mlp.down_proj = layers.mlp.down_proj
     X = inputs_of({"down": layers.mlp.down_proj}, pruned, tokens)["down"]
     E = inputs_of({"norm": dense.model.norm}, dense, tokens)["norm"]
     E -= inputs_of({"norm": pruned.model.norm}, pruned, tokens)["norm"]
     change = ap.correct_weight(down, X.T @ X, E.T @ X) - down
-    assert (targets["mlp.down_proj"] - down - change).norm() < 1e-3 * change.norm()
-    assert torch.equal(pruned_layers.mlp.down_proj.weight, returned["mlp.down_proj"])
+    assert (targets["mlp.down_proj"] - down - change).norm() < 1e-4 * change.norm()
+    assert torch.equal(pruned_layers.mlp.down_proj.weight, returned["mlp.down_proj"].to(dtype))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
-def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypatch, kind):
-    model = make_model(kind)
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("llama", torch.float32),
+        ("llama", torch.bfloat16),
+        ("gpt2", torch.float32),
+        ("gpt2", torch.bfloat16),
+        ("mixtral", torch.float32),
+        ("doge", torch.float32),
+    ],
+)
+def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypatch, kind, dtype):
+    # The gradients have the dtype of the model. What follows from them is computed in float64.
+    model = make_model(kind).to(dtype)
     tokens = make_tokens(count=9)  # the probe takes 8 of them
     probes = spy(monkeypatch, "probe_block")
     model.requires_grad_(False)  # as users of adapters have it
     prune_tiny(model, ap.wanda, block_aware=True, tokens=tokens)
-    model = make_model(kind)  # the probe is of the dense model
+    model = make_model(kind).to(dtype)  # the probe is of the dense model
     block = eval_ppl.find_blocks(model)[1]
     outputs = {}
     for name in ["", *find_linears(block)]:
@@ -588,12 +601,13 @@ def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypa
     generator = torch.Generator().manual_seed(0)
     signs = torch.cat([torch.randint(2, row.shape, generator=generator) for row in after.split(1)])
     row_weights, closing_name = probes[1]
-    assert row_weights.keys() == outputs.keys() - {closing_name}
+    # Before training, Doge's `dt_proj` moves nothing, so that all its row weights would be 0.
+    assert row_weights.keys() == outputs.keys() - {closing_name, "self_attn.dt_proj"}
     for name in row_weights:
-        [g] = torch.autograd.grad(after, outputs[name], 2.0 * signs - 1, retain_graph=True)
+        [g] = torch.autograd.grad(after, outputs[name], 2 * signs.to(after) - 1, retain_graph=True)
         s = g.double().square().flatten(0, -2).sum(0)
         expected = (s + s.mean()).sqrt()[:, None].float()
-        torch.testing.assert_close(row_weights[name], expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(row_weights[name], expected, rtol=3e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
