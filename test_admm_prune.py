@@ -398,38 +398,38 @@ def test_sparsegpt_takes_the_steps_of_optimal_brain_surgeon(pattern, width):
 def test_the_released_code_in_our_loop_gives_our_model(
     monkeypatch, method, file, name, gram_name, scale, amount
 ):
-    # Ours does three things as the released codes do them. The norms have no floor. Numbers of
-    # zeros are cut where we round them, and without N:M, SparseGPT then adds one. And without N:M,
-    # the author's ADMM has the final sparsity from the first step on.
+    # To run it, clone the released codes into the folder of this file:
+    #     git clone https://github.com/IST-DASLab/sparsegpt
+    #     git clone https://github.com/fmfi-compbio/admm-pruning
     path = HERE / file
     if not path.exists():
-        pytest.skip(f"needs a clone of {file.partition('/')[0]} in this folder; README.md links it")
-    one_more = method == "sparsegpt" and "sparsity" in amount
-    monkeypatch.setattr(ap, "feature_norms", lambda gram: gram.diagonal().sqrt() + 1e-8)
-    monkeypatch.setattr(ap, "round", lambda number: int(number + 1e-6) + one_more, raising=False)
-    schedule = RELEASED if method == "admm-grad" and "sparsity" in amount else {}
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # called on a "cpu", too
-    monkeypatch.syspath_prepend(path.parent)
-    pruner_of = runpy.run_path(str(path))[name]
+        pytest.skip(f"needs a clone of {file.partition('/')[0]} in this folder")
+    monkeypatch.syspath_prepend(path.parent)  # the code imports files beside it
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # it calls this on a "cpu", too
+    released_pruner = runpy.run_path(str(path))[name]
 
-    def prune(weight, gram, sparsity=0.0, pattern=()):
+    def prune_as_released(weight, gram, sparsity=0.0, pattern=()):
         layer = nn.utils.skip_init(nn.Linear, *weight.mT.shape)
         layer.weight.data = weight
-        pruner = pruner_of(layer)
+        pruner = released_pruner(layer)
         setattr(pruner, gram_name, scale * gram)
         pruner.fasterprune(sparsity, *pattern)
         return layer.weight.data
 
-    ours, theirs = make_model("opt"), make_model("opt")
-    for model in (ours, theirs):
+    # Ours does two things as the released codes do them. Numbers of zeros are cut where we round
+    # them, and without N:M, SparseGPT then adds one.
+    one_more = method == "sparsegpt" and "sparsity" in amount
+    monkeypatch.setattr(ap, "round", lambda number: int(number) + one_more, raising=False)
+    # Without N:M, the author's ADMM has the final sparsity from the first step on.
+    schedule = RELEASED if method == "admm-grad" and "sparsity" in amount else {}
+
+    states = []
+    for prune in (partial(ap.METHODS[method], **schedule), prune_as_released):
+        model = make_model("opt")
         for block in eval_ppl.find_blocks(model):
             block.fc1.bias.data[:8] = -100  # a sixth of the inputs of fc2 is never active
-    prune_tiny(ours, partial(ap.METHODS[method], **amount, **schedule))
-    prune_tiny(theirs, partial(prune, **amount))
-    states = [
-        inputs_of({"head": model.lm_head}, model, make_tokens(seed=2))["head"]
-        for model in (ours, theirs)
-    ]
+        prune_tiny(model, partial(prune, **amount))
+        states.append(inputs_of({"head": model.lm_head}, model, make_tokens(seed=2))["head"])
     assert ap.relative_difference(*states) < 1e-5  # one other entry in a mask would be seen
 
 
