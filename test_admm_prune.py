@@ -35,61 +35,68 @@ import eval_ppl
 
 torch.set_num_threads(1)  # for tensors as small as these, threads get in each other's way
 HERE = Path(__file__).parent
-# The schedule of the authors' code without N:M: the final sparsity from the first step on.
+# The schedule of the author's code without N:M: the final sparsity from the first step on.
 RELEASED = {"growing_steps": 1, "moving_steps": 14}
 DOCS = "\n\n".join(pydoc_data.topics.topics.values())
 # A tiny model: whichever of these names its configuration has, it gets that value for it. For
 # example, OPT's `ffn_dim` becomes 48, and LLaMA's `intermediate_size`, too.
-SIZES = {
-    0: "pad_token_id bos_token_id eos_token_id",
-    1: "n_group topk_group n_groups mamba_n_groups first_k_dense_replace",
-    2: "num_key_value_heads num_kv_heads linear_num_key_heads num_experts_per_tok moe_topk "
-    "index_n_heads o_groups",
-    3: "num_hidden_layers n_layer n_layers decoder_layers",
-    4: "num_attention_heads n_head n_heads decoder_attention_heads rotary_dim num_experts "
+TINY = {
+    "is_decoder": True,  # BERT and its kin are not causal without it
+    "pad_token_id bos_token_id eos_token_id": 0,
+    "n_group topk_group n_groups mamba_n_groups first_k_dense_replace": 1,
+    "num_key_value_heads num_kv_heads linear_num_key_heads num_experts_per_tok moe_topk "
+    "index_n_heads o_groups": 2,
+    "num_hidden_layers n_layer n_layers decoder_layers": 3,
+    "num_attention_heads n_head n_heads decoder_attention_heads rotary_dim num_experts "
     "num_local_experts n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads "
-    "linear_num_value_heads",
-    8: "head_dim kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim "
-    "mamba_d_state linear_value_head_dim sliding_window index_head_dim index_topk state_size",
-    16: "ffn_hidden_size moe_intermediate_size q_lora_rank kv_lora_rank qk_head_dim o_lora_rank "
+    "linear_num_value_heads": 4,
+    "head_dim kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim "
+    "mamba_d_state linear_value_head_dim sliding_window index_head_dim index_topk state_size": 8,
+    "ffn_hidden_size moe_intermediate_size q_lora_rank kv_lora_rank qk_head_dim o_lora_rank "
     "chunk_size mamba_d_head mamba_head_dim shared_expert_intermediate_size word_embed_proj_dim "
-    "expert_ffn_hidden_size",
-    32: "hidden_size n_embd d_model dim emb_dim embedding_size embed_dim hidden_dim "
-    "attention_hidden_size lru_width",
-    48: "intermediate_size ffn_dim n_inner d_ff dff dim_ff decoder_ffn_dim",
-    64: "max_position_embeddings n_positions",
-    512: "vocab_size n_words",
-}
-# The same by name: TINY["ffn_dim"] is 48. BERT and its kin are not causal without `is_decoder`.
-TINY = {name: size for size, names in SIZES.items() for name in names.split()} | {
-    "is_decoder": True
+    "expert_ffn_hidden_size": 16,
+    "hidden_size n_embd d_model dim emb_dim embedding_size embed_dim hidden_dim "
+    "attention_hidden_size lru_width": 32,
+    "intermediate_size ffn_dim n_inner d_ff dff dim_ff decoder_ffn_dim": 48,
+    "max_position_embeddings n_positions": 64,
+    "vocab_size n_words": 512,
 }
 # Some types contradict these values for some names. `make_model` leaves the names of each of these
 # lines at their defaults, one line after the other, until a model can be built. For example, a type
 # that needs its own `head_dim` is built with the second line.
-DROPS = [
-    "",
-    "head_dim",
-    "head_dim qk_head_dim",
-    "num_attention_heads num_key_value_heads",
-    "sliding_window",
-    "num_hidden_layers",
-    "head_dim num_hidden_layers",
+LEFT_AT_DEFAULT = [
+    [],
+    ["head_dim"],
+    ["head_dim", "qk_head_dim"],
+    ["num_attention_heads", "num_key_value_heads"],
+    ["sliding_window"],
+    ["num_hidden_layers"],
+    ["head_dim", "num_hidden_layers"],
 ]
 COMMON = (
     "opt llama mistral qwen2 qwen3 gemma2 gemma3_text phi gpt2 gpt_neox bloom falcon openai-gpt "
     "mamba mixtral gpt_oss llama4_text jetmoe qwen2_moe"
 ).split()
-REFUSED = ["dory", "hrm_text", "hy_v4", "prophetnet", "xlm"]
+REFUSED = {
+    "dory": "does not call its 3 blocks one after the other",
+    "hrm_text": "does not call its 3 blocks one after the other",
+    "hy_v4": "after block 2 differ by .* if it is called alone",
+    "prophetnet": "if it calls self_attn.relative_pos_embeddings more than once",
+    "xlm": "after block 1 differ by .* if it is called alone",
+}
 
 
-def build_tiny(kind, drop):
+def build_tiny(kind, left_at_default):
     default = hf.CONFIG_MAPPING[kind]()
     text = default.get_text_config(decoder=True)  # `default` itself or a part of it
     parts = [name for name in default.sub_configs if getattr(default, name) is text]
-    names = set(dir(text if parts else default)) & TINY.keys() - set(drop.split())
-    sizes = {name: TINY[name] for name in sorted(names)}
-    config = type(default)(**({parts[0]: sizes} if parts else sizes))
+    values = {
+        name: value
+        for names, value in TINY.items()
+        for name in names.split()
+        if name in dir(text if parts else default) and name not in left_at_default
+    }
+    config = type(default)(**({parts[0]: values} if parts else values))
     with torch.device("meta"):
         size = sum(p.numel() for p in hf.AutoModelForCausalLM.from_config(config).parameters())
     assert size < 5e6
@@ -105,9 +112,9 @@ def build_tiny(kind, drop):
 def make_model(kind="llama"):
     # A causal LM of that type, small and random; an AssertionError if none can be built.
     reasons = []
-    for drop in DROPS:
+    for left_at_default in LEFT_AT_DEFAULT:
         try:
-            return build_tiny(kind, drop)
+            return build_tiny(kind, left_at_default)
         except Exception as reason:  # each type has its own
             reasons.append(reason)
     raise AssertionError(reasons)
@@ -173,6 +180,18 @@ def collect_grams(model, tokens, prune=lambda weight, gram: weight, block_aware=
         "{block}.{name}".format(**result): (gram, result)
         for result, gram in zip(results, grams, strict=True)
     }
+
+
+def peak_memory(function):
+    # The largest number of bytes that PyTorch's tensors have during a call, beside those before.
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    changes = [
+        event.nbytes()
+        for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+        if event.name() == "[memory]"
+    ]
+    return int(torch.tensor(changes).cumsum(0).max())
 
 
 def spy(monkeypatch, name, module=ap):
@@ -325,14 +344,7 @@ def test_invalid_arguments_are_refused(methods, arguments, message):
 def test_peak_memory_of_the_solvers(method):
     # In matrices of the size of the Gram matrix, beside it, for the shape of a LLaMA's down_proj.
     W, X = make_layer(out=300, columns=1050, tokens=2000)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        method(W, X.T @ X)
-    changes = [
-        event.nbytes()
-        for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-        if event.name() == "[memory]"
-    ]
-    assert 2 < torch.tensor(changes).cumsum(0).max() / (4 * 1050**2) - 1 < 4.2
+    assert 2 < peak_memory(lambda: method(W, X.T @ X)) / (4 * 1050**2) - 1 < 4.2
 
 
 def test_the_solver_runs_as_a_copy():
@@ -391,38 +403,38 @@ def test_sparsegpt_takes_the_steps_of_optimal_brain_surgeon(pattern, width):
 def test_the_released_code_in_our_loop_gives_our_model(
     monkeypatch, method, file, name, gram_name, scale, amount
 ):
-    # Ours does three things as the released codes do them. The norms have no floor. Numbers of
-    # zeros are cut where we round them, and without N:M, SparseGPT then adds one. And without N:M,
-    # the authors' ADMM has the final sparsity from the first step on.
+    # To run it, clone the released codes into the folder of this file:
+    #     git clone https://github.com/IST-DASLab/sparsegpt
+    #     git clone https://github.com/fmfi-compbio/admm-pruning
     path = HERE / file
     if not path.exists():
-        pytest.skip(f"needs a clone of {file.partition('/')[0]} in this folder; README.md links it")
-    one_more = method == "sparsegpt" and "sparsity" in amount
-    monkeypatch.setattr(ap, "feature_norms", lambda gram: gram.diagonal().sqrt() + 1e-8)
-    monkeypatch.setattr(ap, "round", lambda number: int(number + 1e-6) + one_more, raising=False)
-    schedule = RELEASED if method == "admm-grad" and "sparsity" in amount else {}
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # called on a "cpu", too
-    monkeypatch.syspath_prepend(path.parent)
-    pruner_of = runpy.run_path(str(path))[name]
+        pytest.skip(f"needs a clone of {file.partition('/')[0]} in this folder")
+    monkeypatch.syspath_prepend(path.parent)  # the code imports files beside it
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # it calls this on a "cpu", too
+    released_pruner = runpy.run_path(str(path))[name]
 
-    def prune(weight, gram, sparsity=0.0, pattern=()):
+    def prune_as_released(weight, gram, sparsity=0.0, pattern=()):
         layer = nn.utils.skip_init(nn.Linear, *weight.mT.shape)
         layer.weight.data = weight
-        pruner = pruner_of(layer)
+        pruner = released_pruner(layer)
         setattr(pruner, gram_name, scale * gram)
         pruner.fasterprune(sparsity, *pattern)
         return layer.weight.data
 
-    ours, theirs = make_model("opt"), make_model("opt")
-    for model in (ours, theirs):
+    # Ours does two things as the released codes do them. Numbers of zeros are cut where we round
+    # them, and without N:M, SparseGPT then adds one.
+    one_more = method == "sparsegpt" and "sparsity" in amount
+    monkeypatch.setattr(ap, "round", lambda number: int(number) + one_more, raising=False)
+    # Without N:M, the author's ADMM has the final sparsity from the first step on.
+    schedule = RELEASED if method == "admm-grad" and "sparsity" in amount else {}
+
+    states = []
+    for prune in (partial(ap.METHODS[method], **schedule), prune_as_released):
+        model = make_model("opt")
         for block in eval_ppl.find_blocks(model):
             block.fc1.bias.data[:8] = -100  # a sixth of the inputs of fc2 is never active
-    prune_tiny(ours, partial(ap.METHODS[method], **amount, **schedule))
-    prune_tiny(theirs, partial(prune, **amount))
-    states = [
-        inputs_of({"head": model.lm_head}, model, make_tokens(seed=2))["head"]
-        for model in (ours, theirs)
-    ]
+        prune_tiny(model, partial(prune, **amount))
+        states.append(inputs_of({"head": model.lm_head}, model, make_tokens(seed=2))["head"])
     assert ap.relative_difference(*states) < 1e-5  # one other entry in a mask would be seen
 
 
@@ -543,8 +555,9 @@ def test_correction_is_half_of_a_ridge_regression():
     torch.testing.assert_close(ap.correct_weight(W, X.T @ X, E.T @ X), W + gain / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_weighted_and_the_closing_layer_is_corrected_for_all_that_the_states_lack(
-    monkeypatch,
+    monkeypatch, dtype
 ):
     # Of block 2, once blocks 0 and 1 are pruned. The closing layer is compared with what float64
     # and the model's own forward give.
@@ -557,30 +570,42 @@ def test_rows_are_weighted_and_the_closing_layer_is_corrected_for_all_that_the_s
         returned[name] = ap.prune_weight(weight, gram)
         return returned[name].clone()
 
-    dense, pruned = make_model(), make_model()
+    dense, pruned = make_model().to(dtype), make_model().to(dtype)
     prune_tiny(pruned, prune, True, tokens=tokens, options=lambda b, name: {"name": name})
     layers, pruned_layers = dense.model.layers[2], copy.deepcopy(pruned.model.layers[2])
     for name, r in probes[2][0].items():
         torch.testing.assert_close(targets[name], layers.get_submodule(name).weight * r)
-        torch.testing.assert_close(pruned_layers.get_submodule(name).weight, returned[name] / r)
+        expected = (returned[name] / r).to(dtype)
+        torch.testing.assert_close(pruned_layers.get_submodule(name).weight, expected)
     down = layers.mlp.down_proj.weight.detach().double()
     pruned.model.layers[2].mlp.down_proj = layers.mlp.down_proj
     X = inputs_of({"down": layers.mlp.down_proj}, pruned, tokens)["down"]
     E = inputs_of({"norm": dense.model.norm}, dense, tokens)["norm"]
     E -= inputs_of({"norm": pruned.model.norm}, pruned, tokens)["norm"]
     change = ap.correct_weight(down, X.T @ X, E.T @ X) - down
-    assert (targets["mlp.down_proj"] - down - change).norm() < 1e-3 * change.norm()
-    assert torch.equal(pruned_layers.mlp.down_proj.weight, returned["mlp.down_proj"])
+    assert (targets["mlp.down_proj"] - down - change).norm() < 1e-4 * change.norm()
+    assert torch.equal(pruned_layers.mlp.down_proj.weight, returned["mlp.down_proj"].to(dtype))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
-def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypatch, kind):
-    model = make_model(kind)
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("llama", torch.float32),
+        ("llama", torch.bfloat16),
+        ("gpt2", torch.float32),
+        ("gpt2", torch.bfloat16),
+        ("mixtral", torch.float32),
+        ("doge", torch.float32),
+    ],
+)
+def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypatch, kind, dtype):
+    # The gradients have the dtype of the model. What follows from them is computed in float64.
+    model = make_model(kind).to(dtype)
     tokens = make_tokens(count=9)  # the probe takes 8 of them
     probes = spy(monkeypatch, "probe_block")
     model.requires_grad_(False)  # as users of adapters have it
     prune_tiny(model, ap.wanda, block_aware=True, tokens=tokens)
-    model = make_model(kind)  # the probe is of the dense model
+    model = make_model(kind).to(dtype)  # the probe is of the dense model
     block = eval_ppl.find_blocks(model)[1]
     outputs = {}
     for name in ["", *find_linears(block)]:
@@ -592,12 +617,13 @@ def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypa
     generator = torch.Generator().manual_seed(0)
     signs = torch.cat([torch.randint(2, row.shape, generator=generator) for row in after.split(1)])
     row_weights, closing_name = probes[1]
-    assert row_weights.keys() == outputs.keys() - {closing_name}
+    # Before training, Doge's `dt_proj` moves nothing, so that all its row weights would be 0.
+    assert row_weights.keys() == outputs.keys() - {closing_name, "self_attn.dt_proj"}
     for name in row_weights:
-        [g] = torch.autograd.grad(after, outputs[name], 2.0 * signs - 1, retain_graph=True)
+        [g] = torch.autograd.grad(after, outputs[name], 2 * signs.to(after) - 1, retain_graph=True)
         s = g.double().square().flatten(0, -2).sum(0)
         expected = (s + s.mean()).sqrt()[:, None].float()
-        torch.testing.assert_close(row_weights[name], expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(row_weights[name], expected, rtol=3e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -630,51 +656,52 @@ def test_the_layer_whose_output_the_block_adds_as_it_is(monkeypatch, kind, closi
 # --------------------------------------------------------------- inputs of the layers, and blocks
 
 
-# Experts that no token reaches, cross-attention, which is never called, and parts of weights.
-MAY_BE_DENSE = r"experts.*\.\d|encoder_attn|cross_attn|o_a_proj|router|dt_proj"
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=[] if kind in COMMON + REFUSED else pytest.mark.sweep)
+@pytest.fixture(
+    scope="module",  # pytest runs the tests of one type one after the other
+    params=[
+        pytest.param(kind, marks=[] if kind in COMMON else pytest.mark.sweep)
         for kind in hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if kind not in REFUSED
     ],
 )
-def test_architectures(kind):
-    # Each linear layer gets the Gram matrix of its inputs in the model's own forward. Then each is
-    # pruned, and nothing else changes. Or the model is refused and left as it was.
+def dense_model(request):
+    # A causal LM of each type. The tests of a type share it, so that they prune a copy.
     try:
-        model = make_model(kind)
+        return make_model(request.param)
     except AssertionError as reasons:
-        assert kind not in COMMON + REFUSED, reasons
-        pytest.skip(f"no tiny {kind}: {reasons}"[:200])
-    tokens = make_tokens()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    blocks = eval_ppl.find_blocks(model)
-    linears = find_linears(blocks)
-    own = own_perplexity(model, tokens)
-    inputs = inputs_of(linears, model, tokens)
-    try:
-        assert eval_ppl.perplexity(model, tokens, "cpu") == pytest.approx(own, rel=1e-4)
-        grams = collect_grams(model, tokens)
-    except ValueError as reason:
-        assert own_perplexity(model, tokens) == pytest.approx(own, rel=1e-5)
-        assert re.search("called alone|no list of decoder|not call its|more than once", str(reason))
-        assert kind in REFUSED, reason
-        pytest.xfail(f"refused: {reason}")
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert kind not in REFUSED
+        assert request.param not in COMMON, reasons
+        pytest.skip(f"no tiny {request.param}: {reasons}"[:200])
+
+
+def test_perplexity_is_that_of_the_models_own_forward(dense_model):
+    own = own_perplexity(dense_model, make_tokens())
+    assert eval_ppl.perplexity(dense_model, make_tokens(), "cpu") == pytest.approx(own, rel=1e-4)
+
+
+def test_gram_matrices_are_of_the_inputs_in_the_models_own_forward(dense_model):
+    model = copy.deepcopy(dense_model)
+    linears = find_linears(eval_ppl.find_blocks(model))
+    inputs = inputs_of(linears, model, make_tokens())
+    grams = collect_grams(model, make_tokens())
+    for (name, p), before in zip(model.named_parameters(), dense_model.parameters(), strict=True):
+        assert torch.equal(p, before), name
+    # Experts that no token reaches, cross-attention, which is never called, and parts of weights.
+    may_be_dense = r"experts.*\.\d|encoder_attn|cross_attn|o_a_proj|router|dt_proj"
     for name in linears.keys() - grams.keys():
-        assert re.search(MAY_BE_DENSE, name), name
+        assert re.search(may_be_dense, name), name
     for name in inputs.keys() & grams.keys():
         gram, result = grams[name]
         X = inputs[name]
         assert result["num_tokens"] == len(X), name
         assert (gram - X.T @ X).norm() <= 1e-4 * (X.T @ X).norm(), name
 
-    pruned = collect_grams(model, tokens, ap.prune_weight, block_aware=True)
-    assert grams.keys() == pruned.keys()
+
+def test_weights_are_pruned_as_reported_and_nothing_else_changes(dense_model):
+    model = copy.deepcopy(dense_model)
+    pruned = collect_grams(model, make_tokens(), ap.prune_weight, block_aware=True)
+    assert pruned.keys() == collect_grams(copy.deepcopy(dense_model), make_tokens()).keys()
+    blocks = eval_ppl.find_blocks(model)
+    linears = find_linears(blocks)
     zeros = defaultdict(int)  # by parameter; one may hold several experts
     for name, (_, result) in pruned.items():
         gone = round(result["sparsity"] * math.prod(result["shape"]))
@@ -683,8 +710,8 @@ def test_architectures(kind):
     parameters = dict(blocks.named_parameters(remove_duplicate=False))
     assert zeros == {name: int((parameters[name] == 0).sum()) for name in zeros}
     changed = {id(parameters[name]) for name in zeros}
-    for name, p in model.named_parameters():
-        assert id(p) in changed or torch.equal(p, before[name]), name
+    for (name, p), before in zip(model.named_parameters(), dense_model.parameters(), strict=True):
+        assert id(p) in changed or torch.equal(p, before), name
     for name, p in parameters.items():  # `gate_weight` of RecurrentGemma is no stack of experts
         is_stack = p.ndim == 3 and min(p.shape) > 1 and "gate_weight" not in name
         assert id(p) in changed or not is_stack, name
@@ -749,6 +776,40 @@ def test_products_that_are_no_layers_are_left_out():
         block["up"].weight @ block["down"].weight
         torch.mm(torch.rand(2, 3), mat2=torch.rand(3, 2))
     assert not recorder.products
+
+
+@pytest.mark.parametrize(
+    "block_aware, seqlen, hidden_size, intermediate_size, most",
+    [
+        # Five layers have inputs of 1 MiB in each sequence. Their copies are gone before the next
+        # sequence comes, and before a backward pass begins.
+        (True, 1024, 256, 8, 18),
+        # Five layers have Gram matrices of 1 MiB. These are gone when down_proj is pruned, whose
+        # Gram matrix is larger.
+        (False, 8, 512, 768, 14.5),
+        (True, 8, 512, 768, 16),
+    ],
+)
+def test_peak_memory_of_the_loop(block_aware, seqlen, hidden_size, intermediate_size, most):
+    # In MiB, with one block and two sequences. What is kept for too long adds 4 or more.
+    config = hf.LlamaConfig(
+        vocab_size=512,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        head_dim=8,
+    )
+    model = hf.LlamaForCausalLM(config).requires_grad_(False)
+    peak = peak_memory(
+        lambda: prune_tiny(
+            model,
+            lambda W, gram: ap.correct_weight(W, gram, W),
+            block_aware,
+            tokens=make_tokens(2, seqlen),
+        )
+    )
+    assert 8 < peak / 2**20 < most
 
 
 def test_a_weight_that_is_used_in_slices_stays_dense():
@@ -834,7 +895,12 @@ def test_offloaded_blocks_are_put_back_after_their_forward_and_after_an_error():
 # --------------------------------------------------------------------------------------- refusals
 
 
-def hand_on(model, share=0.01):  # what block 0 computes reaches block 2 past the hidden states
+def hand_on(model, share=0.01, first_token=1):
+    # What block 0 computes reaches block 2 past the hidden states. The hidden states of the first
+    # token begin with `first_token` times their values.
+    model.model.embed_tokens.register_forward_hook(
+        lambda _, args, output: torch.cat([first_token * output[:, :1], output[:, 1:]], 1)
+    )
     down = [layer.mlp.down_proj for layer in model.model.layers]
     down[0].register_forward_hook(lambda _, args, output: setattr(down[0], "kept", output))
     down[2].register_forward_hook(lambda _, args, output: output + share * down[0].kept)
@@ -849,6 +915,10 @@ def hand_on(model, share=0.01):  # what block 0 computes reaches block 2 past th
         ),
         (hand_on, "after block 2 differ by .* if it is called alone"),
         (lambda m: hand_on(m.bfloat16(), 0.1), "after block 2 differ by .* if it is called alone"),
+        (  # the first token would hide the others in a norm over all tokens
+            lambda m: hand_on(m, first_token=1e5),
+            "after block 2 differ by .* if it is called alone",
+        ),
         (
             lambda m: m.model.layers[2].mlp.register_forward_pre_hook(
                 lambda mlp, args: setattr(mlp, "again", mlp.up_proj(args[0]))
@@ -885,6 +955,16 @@ def test_what_cannot_be_pruned_is_refused_and_left_as_it_was(change, message):
     with pytest.raises(ValueError, match=message):
         prune_tiny(model, tokens=make_tokens(count=1), block_aware=True)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind, message", REFUSED.items())
+def test_types_that_cannot_be_pruned_are_refused_and_left_as_they_were(kind, message):
+    model = make_model(kind)
+    own = own_perplexity(model, make_tokens())
+    assert eval_ppl.perplexity(model, make_tokens(), "cpu") == pytest.approx(own, rel=1e-4)
+    with pytest.raises(ValueError, match=message):
+        prune_tiny(model)
+    assert own_perplexity(model, make_tokens()) == pytest.approx(own, rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(24,), (0, 24), (2, 0)])
@@ -935,11 +1015,11 @@ def test_what_goes_wrong_in_a_layer_names_it_and_keeps_its_type():
 
 @pytest.mark.parametrize("available, default", [(True, "cuda"), (False, "cpu")])
 def test_the_default_device_is_cuda_where_there_is_one(monkeypatch, available, default):
-    empty = mock.Mock(return_value=torch.zeros(0))
+    # On any machine: if no device can be used, the message names the one that was chosen.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    monkeypatch.setattr(torch, "empty", empty)
-    eval_ppl.select_device()
-    empty.assert_called_once_with(0, device=default)
+    monkeypatch.setattr(torch, "empty", mock.Mock(side_effect=RuntimeError))
+    with pytest.raises(ValueError, match=f"device {default} cannot be used"):
+        eval_ppl.select_device()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
