@@ -527,8 +527,9 @@ def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer
     ):
         monkeypatch.setattr(module, name, stub)
     scope = {}
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    snippets = re.findall("```python\n(.*?)```", readme, re.DOTALL)
+    snippets = re.findall(
+        "```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     for snippet in snippets:
         exec(snippet, scope)
     assert sum(0.3 < result["sparsity"] < 0.9 for result in scope["results"]) == 21  # all layers
@@ -763,8 +764,7 @@ def test_gram_matrices_of_models_of_16_bits_are_summed_in_float32(monkeypatch, d
     model = make_model().to(dtype)
     grams = collect_grams(model, make_tokens())
     assert {call.kwargs["fp32_precision"] for call in flags.call_args_list} == {precision}
-    linears = find_linears(eval_ppl.find_blocks(model))
-    for name, X in inputs_of(linears, model, make_tokens()).items():
+    for name, X in inputs_of(find_linears(model.model.layers), model, make_tokens()).items():
         assert (grams[name][0] - X.T @ X).norm() < 1e-6 * (X.T @ X).norm()
 
 
@@ -792,15 +792,16 @@ def test_products_that_are_no_layers_are_left_out():
 )
 def test_peak_memory_of_the_loop(block_aware, seqlen, hidden_size, intermediate_size, most):
     # In MiB, with one block and two sequences. What is kept for too long adds 4 or more.
-    config = hf.LlamaConfig(
-        vocab_size=512,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        head_dim=8,
-    )
-    model = hf.LlamaForCausalLM(config).requires_grad_(False)
+    model = hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            vocab_size=512,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            head_dim=8,
+        )
+    ).requires_grad_(False)
     peak = peak_memory(
         lambda: prune_tiny(
             model,
@@ -870,6 +871,7 @@ def test_experts_that_no_token_reaches_stay_dense():
         pruned = layer.mlp.experts.gate_up_proj  # (experts, in_features, out_features)
         assert torch.equal(pruned[3], stack[3])
         assert ((pruned[:3].unflatten(1, (-1, 4)) != 0).sum(2) == 2).all()
+    assert "(dense: 6 matrices of experts, mlp.router.weight)" in ap.describe_zeros(model)
 
 
 def test_offloaded_blocks_are_put_back_after_their_forward_and_after_an_error():
@@ -1026,7 +1028,12 @@ def test_the_default_device_is_cuda_where_there_is_one(monkeypatch, available, d
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0.02), (torch.bfloat16, 0.25)])
 @pytest.mark.parametrize("block_aware", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_a_gpu_gives_what_the_cpu_gives(kind, block_aware, dtype, tolerance):
+@pytest.mark.parametrize("free, place", [(2**40, "cuda"), (0, "cpu")])
+def test_a_gpu_gives_what_the_cpu_gives(
+    monkeypatch, free, place, kind, block_aware, dtype, tolerance
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
+    embedded = spy(monkeypatch, "embed")
     on_gpu = []  # the blocks that are there while a layer is pruned
 
     def prune(weight, gram):
@@ -1040,6 +1047,7 @@ def test_a_gpu_gives_what_the_cpu_gives(kind, block_aware, dtype, tolerance):
         results.append(ap.prune_model(models[-1], make_tokens(40), prune, block_aware, device))
         assert set(on_gpu[-len(results[0]) :]) == {int(device == "cuda")}
         assert {p.device.type for p in models[-1].parameters()} == {"cpu"}
+    assert {states.device.type for states in embedded[-1]} == {place}
     for host, gpu in zip(*results, strict=True):
         assert gpu["error"] == pytest.approx(host["error"], rel=tolerance)
         assert gpu["num_tokens"] == pytest.approx(host["num_tokens"], rel=tolerance)
@@ -1168,8 +1176,8 @@ def test_c4_gives_the_sequences_of_sparsegpt(tokenizer, monkeypatch):
 
 def run(monkeypatch, folder, *arguments):
     # The command line within this process; returns what it exits with (None: it succeeded).
-    line = ["", "--model", folder / "tiny", "--calibration", folder / "calibration.txt"]
-    line += ["--seqlen", 64, "--nsamples", 8, "--device", "cpu", *arguments]
+    defaults = f"--model {folder}/tiny --calibration {folder}/calibration.txt --seqlen 64"
+    line = ["", *defaults.split(), "--nsamples", 8, "--device", "cpu", *arguments]
     monkeypatch.setattr(sys, "argv", list(map(str, line)))
     try:
         ap.main()
@@ -1186,8 +1194,10 @@ def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
     used = {"device": "cpu", "dtype": "torch.float32", "sparsity": None, "pattern": [2, 4]}
     assert report["arguments"].items() >= used.items() and "transformers" in report["versions"]
     assert [(row["sparsity"], row["num_tokens"]) for row in report["layers"]] == [(0.5, 512)] * 21
-    told = r"50.00% of weights are zero .*eval_ppl.py --model tiny-magnitude-2of4\n"
-    assert re.search(told, capsys.readouterr().out)
+    assert re.search(
+        r"50.00% of weights are zero .*eval_ppl.py --model tiny-magnitude-2of4\n",
+        capsys.readouterr().out,
+    )
     model = hf.AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16  # that of the checkpoint
     dense = hf.AutoModelForCausalLM.from_pretrained(folder / "tiny").model.layers
@@ -1200,8 +1210,7 @@ def test_several_calibration_texts_take_turns(folder, tmp_path, monkeypatch, tok
     prune = mock.Mock(return_value=[])
     monkeypatch.setattr(ap, "prune_model", prune)
     names = [str(folder / f"{name}.txt") for name in ("calibration", "calibration", "test")]
-    line = ("--calibration", *names, "--nsamples", 7, "--save", tmp_path / "out")
-    assert run(monkeypatch, folder, *line) is None
+    run(monkeypatch, folder, "--calibration", *names, "--nsamples", 7, "--save", tmp_path / "out")
     tokens = prune.call_args.args[1]
     assert len(tokens) == len(tokens.unique(dim=0)) == 7
     for name in names:
