@@ -59,8 +59,8 @@ def prune_weight(
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and all steps then only optimise the values of these entries.
-        damping: damping * (share of features that are ever active) is added to the diagonal of the
-            scaled Gram matrix, which is 1.
+        damping: the diagonal of the scaled Gram matrix is 1 + damping * (share of features that
+            are ever active).
         rho: penalty, for features that are scaled to norm 1.
         growing_steps: steps in which the share of zeros grows to its final value; at least 1.
         moving_steps: further steps in which the mask is still selected anew. The author's code
@@ -84,21 +84,22 @@ def prune_weight(
     # W0 = W d by magnitude, which is Wanda's score.
     d = feature_norms(gram)  # (in,)
     W0 = weight.float() * d  # (out, in)
-    A = (gram / d).div_(d[:, None])  # (in, in), in place from here on, since it is large
-    # The diagonal of A is 1, but for the floor. The paper adds a share of its mean to it, in which
-    # features that are never active count as 0.
+    A = (gram / d).div_(d[:, None])  # (in, in)
+    # In the paper, this diagonal is 1 for active features and 0 for others, and a share of its mean
+    # is added. Here, all features have the same, also those at the floor of d.
     active_share = float((gram.diagonal() > 0).float().mean())
-    A.fill_diagonal_(1 + damping * active_share + rho)  # A + rho I
+    A.fill_diagonal_(1 + damping * active_share)
+    A.diagonal().add_(rho)  # in place, since A is large: now A + rho I, then its inverse
     R = invert_(A).mul_(rho)  # rho (A + rho I)^-1
 
     # ADMM has two copies of W0: V reconstructs the outputs, and Z has the zeros. U, the scaled dual
-    # variable, is the sum of V - Z over the steps so far. A step has the sum Y = V + U and takes
+    # variable, is the sum of V - Z over the steps so far. From Y = V + U, each step computes
     #
     # Z, the matrix with the required zeros that is nearest to Y;
-    # U = Y - Z, which is 0 where an entry is kept, and pushes a pruned entry of V towards 0, harder
-    #     with each step until it is there;
-    # V, which minimises tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2. The paper writes it as
-    #     (W0 A + rho (Z - U)) (A + rho I)^-1. With W0 A = W0 (A + rho I) - rho W0, this is
+    # U = Y - Z, which is 0 where an entry is kept;
+    # V, which minimises tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2. So U pushes the pruned
+    #     entries of V towards 0, harder with each step until they are there. The paper has
+    #     V = (W0 A + rho (Z - U)) (A + rho I)^-1. With W0 A = W0 (A + rho I) - rho W0, this is
     #     W0 + (Z - U - W0) R.
     Y = W0  # V is W0, and U is 0
     kept = mask
@@ -117,9 +118,8 @@ def prune_weight(
 def feature_norms(gram: Tensor) -> Tensor:
     """Return the norms of the input features, (in_features,), each at least 1 % of their mean.
 
-    This floor is ours. The damping of a feature is a share of its squared norm, and thus almost
-    nothing for a feature that is hardly ever active. N:M has to keep weights of such features, too,
-    and these weights could become huge.
+    This floor is ours. Without it, features that are hardly ever active would be hardly damped, and
+    with N:M, their weights could become huge.
     """
     norms = gram.diagonal().sqrt()
     return norms.clamp(min=0.01 * float(norms.mean()) + 1e-12)  # 1e-12: all of them may be 0
@@ -143,8 +143,8 @@ def select_mask(
 
     The mask is False at the round(sparsity * numel) smallest magnitudes of the whole matrix, not of
     each row. With a pattern (N, M), which overrides `sparsity`, it is False at all entries but the
-    N largest of each group of M. If `progress` is below 1, only this share of these entries is
-    False: the smallest ones of the whole matrix.
+    N largest of each group of M. With a `progress` below 1, only this share of them is False: the
+    smallest ones of the whole matrix.
 
     Raises: ValueError if sparsity or pattern is invalid.
     """
@@ -184,15 +184,14 @@ def sparsegpt(
     """
     wanda(weight[:1], gram, sparsity, pattern)  # refuses invalid arguments before the work starts
     W = weight.float().clone()  # (out, in)
-    gram = gram.float()
-    W[:, gram.diagonal() == 0] = 0
-    damping = 0.01 * gram.diagonal().mean() + 1e-12  # 1e-12: all features may be inactive
-    H = gram.diagonal_scatter(gram.diagonal() + damping)  # (in, in)
-    # Columns are pruned from left to right, and those further right make up for each error. To
-    # remove an entry w of column j, with B = (H[j:, j:])^-1, costs w^2 / B_00 and changes the
-    # columns from j on by -w B_0 / B_00 (equation 3 of the paper). One upper triangular factor C
-    # of H^-1 = C^T C has all these inverses: B = C[j:, j:]^T C[j:, j:]. So B_00 is C_jj^2, and the
-    # row B_0 is C_jj C[j, j:].
+    diagonal = gram.float().diagonal()
+    W[:, diagonal == 0] = 0
+    H = gram.float().diagonal_scatter(diagonal + (0.01 * diagonal.mean() + 1e-12))  # (in, in)
+    # Columns are pruned from left to right, and those further right make up for each error. For
+    # column j, let B = (H[j:, j:])^-1, with the first row B_0 and the first entry B_00. To remove
+    # an entry w costs w^2 / B_00, and changes the columns from j on by -w B_0 / B_00 (equation 3 of
+    # the paper). With the upper triangular factor C of H^-1 = C^T C, B is C[j:, j:]^T C[j:, j:] for
+    # each j. So B_0 = C_jj C[j, j:], and B_00 = C_jj^2.
     C = torch.linalg.cholesky(invert_(H), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, W.shape[1], width):
@@ -255,7 +254,7 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 
 
 def leave_routers_dense(block: int, name: str) -> dict | None:
-    """Return None for the router of a mixture of experts, and {} for other layers.
+    """Return None, which leaves a layer dense, for the router of a mixture of experts, else {}.
 
     This is the default of `options` in `prune_model`. Routers are small, and choose the experts.
     """
@@ -280,12 +279,13 @@ def prune_model(
         prune_model(model, tokens, partial(sparsegpt, sparsity=0.6))
 
     The layers of a block are pruned for the inputs that they have once the blocks before it are
-    pruned, while their own block is still dense. Experts that no token reaches stay dense, and so
-    do weights that do not enter a product X W^T as a whole, such as convolutions.
+    pruned, while their own block is still dense (block-aware: but for the closing layer). Experts
+    that no token reaches stay dense, and so do weights that do not enter a product X W^T as a
+    whole, such as convolutions.
 
     Args:
         model: a Hugging Face decoder-only model. It is moved to the host and set to evaluation
-            mode. After an exception it may be pruned in part.
+            mode, and its experts to eager kernels. After an exception it may be pruned in part.
         tokens: calibration tokens, (sequences, seqlen) int64.
         prune: the method, one of this file or your own. prune(weight, gram) gets a weight,
             (out_features, in_features), and the Gram matrix of its inputs, (in_features,
@@ -300,7 +300,7 @@ def prune_model(
 
     Returns: a dict for each pruned layer, with the number of the "block", the "name" of the layer
         in it, its "shape", (out_features, in_features), its "sparsity" (share of zeros), its
-        "error" (`measure_error`), and "num_tokens", the number of tokens that reached it.
+        "error" (`measure_error`, from the dense weight), and "num_tokens" that reached it.
     Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned.
         Errors of a method pass through. Notes name the block and the layer.
     """
@@ -340,8 +340,8 @@ class Product:
 
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # Block-aware: the place of the output in autograd's graph, which stays if the block changes the
-    # output in place. None: there is no gradient, or the layer is an expert.
+    # For `probe_block`: the place of the output in autograd's graph, which stays if the block
+    # changes the output in place. None: there is no gradient, or it is an expert of a stack.
     edge: torch.autograd.graph.GradientEdge | None
 
 
@@ -364,7 +364,7 @@ class BlockCall:
         return states_of(self.block(states, *self.args, **self.kwargs)).to(before.device)
 
     def record(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
-        """Return also the products X W^T in the block, by the name of the layer."""
+        """Return the hidden states after the block, and its products, by the name of the layer."""
         with ProductRecorder(self.block) as recorder:
             return self(before), recorder.products
 
@@ -393,7 +393,7 @@ class Layer:
             if E is not None:
                 self.EtX += E.to(product.X.device).T @ product.X
 
-    def prune(self, prune: Callable, stored_dtype: torch.dtype | None = None) -> dict:
+    def prune(self, method: Callable, stored_dtype: torch.dtype | None = None) -> dict:
         """Prune the weight in place, and return what `prune_model` tells of the layer."""
         if not self.gram.isfinite().all():
             raise ValueError("the inputs are NaN or infinite")
@@ -403,7 +403,7 @@ class Layer:
         # A copy, which the method may change, contiguous also where the model has the weight
         # transposed.
         target = (target * self.row_weights).contiguous()
-        pruned = prune(target, self.gram)
+        pruned = method(target, self.gram)
         if pruned.shape != target.shape or not pruned.is_floating_point():
             raise ValueError(
                 f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
@@ -462,7 +462,7 @@ def prune_layers(
 
 
 def check_prunable(model: transformers.PreTrainedModel, tokens: Tensor) -> None:
-    """Raise a ValueError if the model or the tokens are not such as `prune_model` takes."""
+    """Raise a ValueError if `prune_model` cannot take the model or the tokens."""
     matrices = [
         p for block in eval_ppl.find_blocks(model) for p in block.parameters() if p.ndim > 1
     ]
@@ -505,13 +505,14 @@ def prune_block_aware(
     """Prune the layers of a block with a view to the hidden states after it. This is ours.
 
     The *closing layer* of a block is the layer whose output the block adds, unchanged, to the
-    hidden states at its end, "mlp.down_proj" in a LLaMA. The other layers are pruned first, with
-    their rows weighted by how far these move the hidden states after the block (`probe_block`).
-    Then the closing layer is corrected for what the hidden states lack by then, compared with the
-    dense model (`correct_weight`), and pruned.
+    hidden states at its end, "mlp.down_proj" in a LLaMA. The other layers are pruned first, each
+    row weighted by how far it moves the hidden states after the block (`probe_block`). Then the
+    closing layer is corrected for what the hidden states lack by then, compared with the dense
+    model (`correct_weight`), and pruned.
 
-    If there is no closing layer, all layers are weighted. That is so where a norm or a multiplier
-    stands behind the last layer, as in Gemma 3, or where experts close the block, as in Mixtral.
+    There is no closing layer where a norm or a multiplier stands behind the last layer, as in Gemma
+    3, or where experts close the block, as in Mixtral. Stacked experts have no row weights, since
+    they get only some of the tokens.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
     model that is being pruned and in the dense model. Return what became of each layer, and the
@@ -584,13 +585,12 @@ def probe_block(
     more entries, if the method ranks entries of different rows together. (With a pattern, only the
     gradual mask of ADMM does.)
 
-    The closing layer adds its output to the hidden states as it is, so that the gradient there is
-    equal to the signs. Of the layers for which this is true, it is the one that is called last. It
-    needs no row weights, since all its outputs move the hidden states alike. The name is None if
-    there is none.
+    The closing layer is the last layer, in the order of calls, whose gradient is equal to the
+    signs. It needs no row weights, since all its outputs move the hidden states alike. The name is
+    None if there is none.
 
     `dense_states` are the hidden states of the dense model before the block. The first 8 of them
-    are used. Stacked experts have no row weights, since they get only some of the tokens.
+    are used.
     """
     sums = defaultdict(float)  # name -> s, (out_features,)
     closing_name = None
@@ -639,8 +639,8 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         super().__init__()
         self.products: dict[str, Product] = {}
         # A weight is identified by (address, number of entries). For example, x @ W.T has a new
-        # tensor W.T, but at the address of W. A slice W[:10] has the same address, but fewer
-        # entries.
+        # tensor W.T, but at the address of W. A slice W[:10] has that address, too, but fewer
+        # entries, so that its products are not recorded.
         self.names: dict[tuple[int, int], tuple[str, bool]] = {}  # name, and whether an expert
         for name, module in block.named_modules():
             # Conv1D is the linear layer of GPT-2. A weight that a module computes anew in each
@@ -800,9 +800,9 @@ def checked_calls(
     # On a CPU, the difference is 0. The tolerance is for other orders of sums, as on a GPU.
     tolerance = 5e-3 if model.dtype in (torch.float16, torch.bfloat16) else 5e-5
     for call in tqdm(calls, "checking blocks"):
-        # As in pruning, both sequences go through a block before the next block. So a block that
-        # leaves data for a later one in an attribute leaves those of the second sequence, and the
-        # check fails for the first.
+        # As in pruning, both sequences go through a block before the next one. If a block leaves
+        # data in an attribute for a later block, they are of the second sequence by then, so that
+        # the check fails for the first.
         with (
             eval_ppl.note(f"while checking block {call.index}"),
             eval_ppl.moved(eval_ppl.tensors_of(call.block), device),
@@ -886,7 +886,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
     """Prune the model of the command line, and save it in a new folder.
 
     The tokenizer and the configuration are saved before a layer is pruned, so that what fails there
-    costs no work. transformers writes the weights under another name first, or their index last, so
+    costs no work. model.safetensors, or its index, appears only once all weights are written, so
     that a folder that can be loaded has the whole model.
     """
     method = f"{args.method}-block-aware" if args.block_aware else args.method
@@ -940,7 +940,7 @@ def load_and_prune(
     loaded_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     stored_dtype = None
     if args.dtype == "auto" and device.type == "cpu":
-        # The smallest dtype in the blocks, so that no stored weight overflows.
+        # The smallest dtype in the blocks, so that `Layer.prune` refuses what would overflow.
         stored_dtype = min(
             {p.dtype for p in eval_ppl.find_blocks(model).parameters()},
             key=lambda dtype: dtype.itemsize,
