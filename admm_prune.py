@@ -83,7 +83,6 @@ def prune_weight(
     # multiplied by it, so that the outputs stay the same. The first mask ranks the entries of
     # W0 = W d by magnitude, which is Wanda's score.
     d = feature_norms(gram)  # (in,)
-    W0 = weight.float() * d  # (out, in)
     A = (gram / d).div_(d[:, None])  # (in, in)
     # In the paper, this diagonal is 1 for active features and 0 for others, and a share of its mean
     # is added. Here, all features have the same, also those at the floor of d.
@@ -91,6 +90,7 @@ def prune_weight(
     A.fill_diagonal_(1 + damping * active_share)
     A.diagonal().add_(rho)  # in place, since A is large: now A + rho I, then its inverse
     R = invert_(A).mul_(rho)  # rho (A + rho I)^-1
+    W0 = weight.float() * d  # (out, in)
 
     # ADMM has two copies of W0: V reconstructs the outputs, and Z has the zeros. U, the scaled dual
     # variable, is the sum of V - Z over the steps so far. From Y = V + U, each step computes
@@ -364,9 +364,9 @@ class BlockCall:
         return states_of(self.block(states, *self.args, **self.kwargs)).to(before.device)
 
     def record(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
-        """Return the hidden states after the block, and its products, by the name of the layer."""
+        """Return the states after the block, on its device, and its products by name of layer."""
         with ProductRecorder(self.block) as recorder:
-            return self(before), recorder.products
+            return self(before.to(next(self.block.parameters()).device)), recorder.products
 
 
 @dataclass
@@ -391,7 +391,7 @@ class Layer:
         ):
             self.gram += product.X.T @ product.X
             if E is not None:
-                self.EtX += E.to(product.X.device).T @ product.X
+                self.EtX += E.T @ product.X
 
     def prune(self, method: Callable, stored_dtype: torch.dtype | None = None) -> dict:
         """Prune the weight in place, and return what `prune_model` tells of the layer."""
@@ -530,7 +530,7 @@ def prune_block_aware(
         closing_layer = Layer()  # without row weights
         for before, wanted in zip(states, dense_after, strict=True):
             after, products = call.record(before)  # the closing layer is still dense
-            E = wanted.float() - after.float()  # (1, seqlen, hidden_size)
+            E = wanted.to(after.device).float() - after.float()  # (1, seqlen, hidden_size)
             closing_layer.add(products[closing_name], E[0])
             products.clear()  # frees the copies of all X
         results += prune_layers(
@@ -557,8 +557,7 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
         float dtype.
     """
     damped = gram.diagonal_scatter(gram.diagonal() + feature_norms(gram) ** 2)  # G + D
-    # cholesky_solve gives (G + D)^-1 X^T E, the transpose of E^T X (G + D)^-1.
-    return weight + 0.5 * torch.cholesky_solve(EtX.T, torch.linalg.cholesky(damped)).T
+    return weight + 0.5 * EtX @ invert_(damped)
 
 
 @eval_ppl.note("in the probe, a backward pass through the block")
@@ -612,7 +611,7 @@ def probe_block(
             if gradient is not None:  # None: not used, as DeepSeek V4's compressor with few tokens
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[name] += g.square().sum(0)
-                if torch.equal(g, signs[0].to(g)):  # the block adds this output as it is
+                if torch.equal(g, signs[0].float()):  # the block adds this output as it is
                     closing_name = name  # the last such layer stays
     row_weights = {
         name: (s + s.mean()).sqrt()[:, None]
@@ -736,9 +735,12 @@ def embed(
     def stop(block, args):
         if not args:
             raise ValueError("the blocks do not get hidden states as their first argument")
-        # Block-aware pruning has three sets of hidden states at once. They stay on the device if
-        # they leave most of its memory for the layers.
-        fits = 3 * len(tokens) * args[0].nbytes < 0.3 * free
+        # Block-aware pruning has three sets of hidden states at once. The rest is for pruning: 40
+        # bytes for each parameter of a block are more than its layers take.
+        fits = (
+            3 * len(tokens) * args[0].nbytes + 40 * sum(p.numel() for p in block.parameters())
+            < free
+        )
         states.append(args[0] if fits else args[0].cpu())
         raise StopForward
 
@@ -900,7 +902,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
         "index, it belongs to a run that still goes on, or that was killed and whose folder can be "
         "deleted"
     ):
-        folder.mkdir(parents=True)
+        folder.mkdir()
     try:
         model, report = load_and_prune(args, folder)
     except BaseException:
@@ -942,7 +944,7 @@ def load_and_prune(
     if args.dtype == "auto" and device.type == "cpu":
         # The smallest dtype in the blocks, so that `Layer.prune` refuses what would overflow.
         stored_dtype = min(
-            {p.dtype for p in eval_ppl.find_blocks(model).parameters()},
+            (p.dtype for p in eval_ppl.find_blocks(model).parameters()),
             key=lambda dtype: dtype.itemsize,
         )
         model.float()  # a CPU is slow in 16 bits

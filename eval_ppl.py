@@ -308,9 +308,8 @@ def whole_messages(program: str):
             raise
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             error.add_note(
-                "what helps: a shorter --seqlen (but not while a layer is pruned, nor with several "
-                "windows at once), a GPU with more memory, or --device cpu; for the memory of the "
-                "host, in admm_prune.py also fewer --nsamples"
+                "what helps: a shorter --seqlen (in admm_prune.py also fewer --nsamples), a GPU "
+                "with more memory, or --device cpu"
             )
         message = "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
         sys.exit(f"{program}: {message}\n(python -X dev shows the traceback)")

@@ -228,7 +228,7 @@ def admm_reference(
     W, X, sparsity, pattern, damping=0.1, rho=1, growing_steps=15, moving_steps=0, frozen_steps=5
 ):
     # The algorithm in float64, with the unscaled dual Y = rho U and textbook formulas. The defaults
-    # are those of the paper. V comes first in each step, and the last one has no V.
+    # are those of the paper. V comes first in each step, so that there is one step more.
     X = X.double()
     norms = X.norm(dim=0)
     damping *= (norms > 0).double().mean()
@@ -1210,7 +1210,19 @@ def test_several_calibration_texts_take_turns(folder, tmp_path, monkeypatch, tok
     prune = mock.Mock(return_value=[])
     monkeypatch.setattr(ap, "prune_model", prune)
     names = [str(folder / f"{name}.txt") for name in ("calibration", "calibration", "test")]
-    run(monkeypatch, folder, "--calibration", *names, "--nsamples", 7, "--save", tmp_path / "out")
+    assert (
+        run(
+            monkeypatch,
+            folder,
+            "--calibration",
+            *names,
+            "--nsamples",
+            7,
+            "--save",
+            tmp_path / "out",
+        )
+        is None
+    )
     tokens = prune.call_args.args[1]
     assert len(tokens) == len(tokens.unique(dim=0)) == 7
     for name in names:
@@ -1270,6 +1282,7 @@ def test_each_sequence_begins_with_bos_for_gemma_or_if_asked_for(
         ("gemma2", "weights are zero (dense: none)"),
         ("gpt2", "weights are zero (dense: none)"),
         ("apertus", "weights are zero (dense: none)"),
+        ("mamba", "weights are zero (dense: mixer.conv1d.weight, mixer.dt_proj.weight)"),
     ],
 )
 def test_what_is_saved_is_what_was_pruned_bit_for_bit(folder, tmp_path, monkeypatch, kind, told):
@@ -1352,6 +1365,7 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch, capability
         (["--save", "too large"], "the disk of too large has no room for the model"),
         (["--save", "n" * 256], "File name too long"),
         (["--save", "short.txt/out"], "Not a directory: 'short.txt/out'"),
+        (["--save", "missing/out"], "No such file or directory: 'missing/out'"),
         (["--model", "unwritable"], "`output_attentions` attribute is not supported"),
         (["--bos"], "tiny has no BOS token: use --no-bos"),
         (["--seqlen", "65"], "seqlen is 65, but the model has only 64 positions"),
@@ -1447,7 +1461,7 @@ def test_a_command_gives_the_same_files_again_and_others_for_another_seed(
     probes = spy(monkeypatch, "probe_block")
     saved = []
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
-        out = tmp_path / "new" / name
+        out = tmp_path / name
         options = ["--sparsity", 0.7, "--dtype", "float16", "--block-aware", "--seed", seed]
         assert run(monkeypatch, folder, *options, "--save", out) is None
         assert probes[-1][1] == "mlp.down_proj"  # --block-aware has reached the loop
