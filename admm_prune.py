@@ -63,14 +63,13 @@ def prune_weight(
             are ever active).
         rho: penalty, for features that are scaled to norm 1.
         growing_steps: steps in which the share of zeros grows to its final value; at least 1.
-        moving_steps: further steps in which the mask is still selected anew. The author's code
-            without N:M has growing_steps=1 and moving_steps=14.
-        frozen_steps: last steps, in which the mask stays the same. By default, there are 20 steps
-            in all, as with `iters=20` in the author's code.
+        moving_steps: further steps in which the mask is still selected anew.
+        frozen_steps: last steps, in which the mask stays the same. The author's code has 20 steps,
+            too (`iters`), and without N:M, growing_steps=1 and moving_steps=14.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
-    Raises: ValueError if an argument is invalid; torch.linalg.LinAlgError if a matrix to invert is
-        not finite, or is singular, which can happen if damping and rho are 0.
+    Raises: ValueError if an argument is invalid; torch.linalg.LinAlgError if the matrix to invert
+        is singular, which can happen if damping and rho are 0.
     """
     if mask is not None and mask.shape != weight.shape:
         raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
@@ -87,8 +86,7 @@ def prune_weight(
     # In the paper, this diagonal is 1 for active features and 0 for others, and a share of its mean
     # is added. Here, all features have the same, also those at the floor of d.
     active_share = float((gram.diagonal() > 0).float().mean())
-    A.fill_diagonal_(1 + damping * active_share)
-    A.diagonal().add_(rho)  # in place, since A is large: now A + rho I, then its inverse
+    A.fill_diagonal_(1 + damping * active_share + rho)  # in place, since it is large: A + rho I
     R = invert_(A).mul_(rho)  # rho (A + rho I)^-1
     W0 = weight.float() * d  # (out, in)
 
@@ -106,8 +104,7 @@ def prune_weight(
     for step in range(1, growing_steps + moving_steps + frozen_steps + 1):
         if mask is None and step <= growing_steps + moving_steps:
             progress = 1 - (1 - min(step / growing_steps, 1)) ** 3  # paper, section 4
-            # To select entries in another way, replace this call. The magnitudes of Y say what the
-            # entries are worth.
+            # To select entries in another way, replace this call.
             kept = select_mask(Y, sparsity, pattern, progress)
         Z = torch.where(kept, Y, 0)
         U = Y - Z
@@ -129,6 +126,7 @@ def invert_(A: Tensor) -> Tensor:
     """Replace a positive definite matrix by its inverse, in its own memory, and return it."""
     L = torch.linalg.cholesky(A)  # A = L L^T, so that A^-1 = L^-T L^-1
     A.zero_().fill_diagonal_(1)
+    # The right-hand side of a solution may be `out`, too.
     torch.linalg.solve_triangular(L, A, upper=False, out=A)
     return torch.linalg.solve_triangular(L.mT, A, upper=True, out=A)
 
@@ -229,11 +227,11 @@ def wanda(
 def magnitude(
     weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: tuple[int, int] | None = None
 ) -> Tensor:
-    """Keep the largest |W| of the whole matrix."""
+    """Keep the largest |W| of the whole matrix, or of each group of a pattern."""
     return torch.where(select_mask(weight, sparsity, pattern), weight, 0)
 
 
-# Each method takes (weight, gram, sparsity, pattern), as described in `prune_weight`.
+# Each method takes (weight, gram, sparsity, pattern).
 METHODS = {
     "admm-grad": prune_weight,
     "sparsegpt": sparsegpt,
@@ -254,9 +252,10 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 
 
 def leave_routers_dense(block: int, name: str) -> dict | None:
-    """Return None, which leaves a layer dense, for the router of a mixture of experts, else {}.
+    """Return None, which leaves a layer dense, for the router of a mixture of experts.
 
-    This is the default of `options` in `prune_model`. Routers are small, and choose the experts.
+    Routers are small, and choose the experts. Other layers get {}, no further arguments. This is
+    the default of `options` in `prune_model`.
     """
     routers = {"router", "gate", "shared_expert_gate", "router_gate"}
     return {} if routers.isdisjoint(name.split(".")) else None
@@ -340,14 +339,17 @@ class Product:
 
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # For `probe_block`: the place of the output in autograd's graph, which stays if the block
-    # changes the output in place. None: there is no gradient, or it is an expert of a stack.
+    # For `probe_block`: the output in autograd's graph. None: there is no gradient, or the layer is
+    # an expert of a stack.
     edge: torch.autograd.graph.GradientEdge | None
 
 
 @dataclass
 class BlockCall:
-    """A decoder block, and what the model hands to it besides the hidden states, such as masks."""
+    """A decoder block, and what the model hands to it besides the hidden states, such as masks.
+
+    These arguments are those for the first sequence, and serve for all.
+    """
 
     index: int  # of the block
     block: nn.Module
@@ -385,7 +387,7 @@ class Layer:
         self.weight = product.weight
         self.num_tokens += len(product.X)
         # TF32 multiplies the inputs of a weight of 16 bits exactly, eight times as fast as float32
-        # on an A100. (E is rounded to 11 bits.) None changes nothing.
+        # on an A100. With None, the precision stays as it is.
         with torch.backends.flags(
             fp32_precision="tf32" if product.weight.element_size() == 2 else None
         ):
@@ -511,8 +513,7 @@ def prune_block_aware(
     model (`correct_weight`), and pruned.
 
     There is no closing layer where a norm or a multiplier stands behind the last layer, as in Gemma
-    3, or where experts close the block, as in Mixtral. Stacked experts have no row weights, since
-    they get only some of the tokens.
+    3, or where experts close the block, as in Mixtral. Stacked experts have no row weights.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
     model that is being pruned and in the dense model. Return what became of each layer, and the
@@ -726,8 +727,8 @@ def embed(
 ) -> list[Tensor]:
     """Return the hidden states of each sequence before block 0, on the device or on the host.
 
-    Those of later blocks lie where these do. Raise a ValueError unless the hidden states are the
-    first positional argument of the block.
+    Those of later blocks lie where these do. Raise a ValueError if the blocks have no positional
+    argument, the first of which has to be the hidden states.
     """
     states = []
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0  # bytes
@@ -735,8 +736,8 @@ def embed(
     def stop(block, args):
         if not args:
             raise ValueError("the blocks do not get hidden states as their first argument")
-        # Block-aware pruning has three sets of hidden states at once. The rest is for pruning: 40
-        # bytes for each parameter of a block are more than its layers take.
+        # Block-aware pruning has three sets of hidden states at once, and to prune a block takes
+        # less than 40 bytes for each of its parameters.
         fits = (
             3 * len(tokens) * args[0].nbytes + 40 * sum(p.numel() for p in block.parameters())
             < free
@@ -792,8 +793,7 @@ def checked_calls(
     """Return the calls of all blocks for the first sequence, which serve for all sequences.
 
     Raise a ValueError unless each block, called by itself with the model's own hidden states before
-    it, gives the model's own hidden states after it, for two sequences. (`record` raises one if a
-    block calls a layer twice.)
+    it, gives the model's own hidden states after it, for two sequences.
     """
     # Hidden states by block: those before block 0, after it, after block 1, and so on.
     calls, first_states = record_calls(model, tokens[:1], device)
@@ -802,13 +802,14 @@ def checked_calls(
     # On a CPU, the difference is 0. The tolerance is for other orders of sums, as on a GPU.
     tolerance = 5e-3 if model.dtype in (torch.float16, torch.bfloat16) else 5e-5
     for call in tqdm(calls, "checking blocks"):
-        # As in pruning, both sequences go through a block before the next one. If a block leaves
-        # data in an attribute for a later block, they are of the second sequence by then, so that
-        # the check fails for the first.
+        # As in pruning, both sequences go through a block before the next one. So data that a block
+        # leaves in an attribute for a later block are those of the second sequence when the first
+        # needs them, and the check fails.
         with (
             eval_ppl.note(f"while checking block {call.index}"),
             eval_ppl.moved(eval_ppl.tensors_of(call.block), device),
         ):
+            # To record makes sure that no layer is called twice.
             after = [
                 call.record(states[call.index])[0].cpu() for states in (first_states, second_states)
             ]
@@ -828,7 +829,7 @@ def checked_calls(
 def relative_difference(a: Tensor, b: Tensor) -> float:
     """Return the norm of a - b relative to that of b, (..., features), as a mean over the tokens.
 
-    Some tokens have hidden states hundreds of times larger than the others and would hide them.
+    Some tokens have hidden states hundreds of times larger, and would hide the others.
     """
     difference = (a.float() - b.float()).norm(dim=-1)
     return float((difference / b.float().norm(dim=-1).clamp(min=1e-30)).mean())
@@ -976,8 +977,8 @@ def load_and_prune(
 def describe_zeros(model: transformers.PreTrainedModel) -> str:
     """Return a text: the share of zeros in all matrices of the blocks, and which ones are dense.
 
-    A name is called dense if in any block less than 1 % of the matrix is zero. In stacks of which
-    some experts are pruned, the dense ones are counted.
+    A name is called dense if in any block less than 1 % of the matrix is zero. A stack of experts
+    that is pruned in part is told by the number of its dense experts.
     """
     matrices = {
         name: parameter
