@@ -339,8 +339,7 @@ class Product:
 
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # For `probe_block`: the output in autograd's graph. None: there is no gradient, or the layer is
-    # an expert of a stack.
+    # For `probe_block`: the output in autograd's graph. None: no gradient, or a stacked expert.
     edge: torch.autograd.graph.GradientEdge | None
 
 
