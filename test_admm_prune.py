@@ -516,27 +516,17 @@ def test_perplexity_needs_positions():
         eval_ppl.perplexity(make_model(), make_tokens(seqlen=65), "cpu")
 
 
-def test_the_readmes_snippets_run_as_they_stand(tmp_path, monkeypatch, tokenizer, capsys):
-    # With a tiny model and short sequences.
-    monkeypatch.chdir(tmp_path)
-    read = ap.calibration_tokens
-    for module, name, stub in (
-        (ap, "calibration_tokens", lambda *args, **_: read(*args, nsamples=4, seqlen=64)),
-        (eval_ppl, "load_tokenizer", lambda name, seqlen: (tokenizer, None)),
-        (eval_ppl, "load_model", lambda name: make_model()),
-    ):
-        monkeypatch.setattr(module, name, stub)
+def test_the_readmes_snippets_print_what_they_promise(capsys):
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
     scope = {}
-    snippets = re.findall(
-        "```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
-    for snippet in snippets:
+    for snippet in re.findall("```python\n(.*?)```", readme, re.DOTALL):
         exec(snippet, scope)
-    assert sum(0.3 < result["sparsity"] < 0.9 for result in scope["results"]) == 21  # all layers
-    promised = map(float, re.findall(r"\d+\.\d+", snippets[0].split("# prints")[1]))
-    assert list(map(float, capsys.readouterr().out.split())) == pytest.approx(
-        list(promised), abs=1e-4
-    )
+        promised, printed = (
+            [float(number) for number in re.findall(r"\d+\.\d+", text)]
+            for text in (snippet.split("# prints")[1], capsys.readouterr().out)
+        )
+        assert printed == pytest.approx(promised, abs=1e-4)
+    assert len(promised) == 9  # of the second snippet
 
 
 # --------------------------------------------------------------------------- block-aware pruning
