@@ -43,10 +43,11 @@ def first_number(cell: str) -> float:
 def main() -> None:
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 15})
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    sixty = read_table("model")[0]  # also SmolLM2 on WikiText-2, with 8 sequences
+    # The first row of the first table is of the same model, text and number of sequences.
+    sixty = read_table("model")[0] | {"zeros": "60 %"}
     fifty, seventy, _ = read_table("zeros")
     rows = [fifty, sixty, seventy]
-    zeros = [50, 60, 70]
+    zeros = [first_number(row["zeros"]) for row in rows]
     for head, (name, colour, marker) in METHODS.items():
         perplexities = [first_number(row[head]) for row in rows]
         axes.plot(zeros, perplexities, marker=marker, color=colour, linewidth=2, markersize=8)
