@@ -518,14 +518,13 @@ def test_perplexity_needs_positions():
 
 def test_the_readmes_snippets_print_what_they_promise(capsys):
     readme = (HERE / "README.md").read_text(encoding="utf-8")
+    number = r"\d+\.\d+"
     scope = {}
     for snippet in re.findall("```python\n(.*?)```", readme, re.DOTALL):
         exec(snippet, scope)
-        promised, printed = (
-            [float(number) for number in re.findall(r"\d+\.\d+", text)]
-            for text in (snippet.split("# prints")[1], capsys.readouterr().out)
-        )
-        assert printed == pytest.approx(promised, abs=1e-4)
+        promised = re.findall(number, snippet.split("# prints")[1])
+        printed = re.findall(number, capsys.readouterr().out)
+        assert list(map(float, printed)) == pytest.approx(list(map(float, promised)), abs=1e-4)
     assert len(promised) == 9  # of the second snippet
 
 
