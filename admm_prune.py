@@ -501,7 +501,7 @@ def check_prunable(model: transformers.PreTrainedModel, tokens: Tensor) -> None:
 
 def prune_block_aware(
     call: BlockCall, states: list[Tensor], dense_states: list[Tensor], prune: Callable,
-    options: Callable, stored_dtype: torch.dtype | None,
+    options: Callable, stored_dtype: torch.dtype | None = None,
 ) -> tuple[list[dict], list[Tensor]]:  # fmt: skip
     """Prune the layers of a block with a view to the hidden states after it. This is ours.
 
@@ -737,10 +737,8 @@ def embed(
             raise ValueError("the blocks do not get hidden states as their first argument")
         # Block-aware pruning has three sets of hidden states at once, and to prune a block takes
         # less than 40 bytes for each of its parameters.
-        fits = (
-            3 * len(tokens) * args[0].nbytes + 40 * sum(p.numel() for p in block.parameters())
-            < free
-        )
+        parameters = sum(p.numel() for p in block.parameters())
+        fits = 3 * len(tokens) * args[0].nbytes + 40 * parameters < free
         states.append(args[0] if fits else args[0].cpu())
         raise StopForward
 
