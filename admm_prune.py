@@ -83,8 +83,8 @@ def prune_weight(
     # W0 = W d by magnitude, which is Wanda's score.
     d = feature_norms(gram)  # (in,)
     A = (gram / d).div_(d[:, None])  # (in, in)
-    # In the paper, this diagonal is 1 for active features and 0 for others, and a share of its mean
-    # is added. Here, all features have the same, also those at the floor of d.
+    # In the paper, this diagonal is 1 for active features and 0 for others, and damping times
+    # its mean is added. Here, all features have the same, also those at the floor of d.
     active_share = float((gram.diagonal() > 0).float().mean())
     A.fill_diagonal_(1 + damping * active_share + rho)  # in place, since it is large: A + rho I
     R = invert_(A).mul_(rho)  # rho (A + rho I)^-1
@@ -324,7 +324,7 @@ def prune_model(
             else:
                 layers = collect_layers(call, states)
                 block_results = prune_layers(call.index, layers, prune, options, stored_dtype)
-            states = [call(before) for before in states]  # through the pruned block
+            states = [call(before).to(before.device) for before in states]  # the block is pruned
             call.block.cpu()
         results += block_results
         bar.set_postfix(error=max((row["error"] for row in block_results), default=0.0))
@@ -358,16 +358,16 @@ class BlockCall:
     def __call__(self, before: Tensor) -> Tensor:
         """Return the hidden states of one sequence after the block, given those before it.
 
-        Both are (1, seqlen, hidden_size), and lie on the same device, that of the block or another.
+        Both are (1, seqlen, hidden_size). Those after it are on the device of the block.
         """
         # A copy, since a block may change its input in place.
         states = before.to(next(self.block.parameters()).device, copy=True)
-        return states_of(self.block(states, *self.args, **self.kwargs)).to(before.device)
+        return states_of(self.block(states, *self.args, **self.kwargs))
 
     def record(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
-        """Return the states after the block, on its device, and its products by name of layer."""
+        """Return the states after the block, and its products by name of layer."""
         with ProductRecorder(self.block) as recorder:
-            return self(before.to(next(self.block.parameters()).device)), recorder.products
+            return self(before), recorder.products
 
 
 @dataclass
@@ -382,7 +382,7 @@ class Layer:
     EtX: Tensor | float = 0.0  # E^T X, (out, in) float32; 0.0: none
 
     def add(self, product: Product, E: Tensor | None = None) -> None:
-        """Add the inputs X of a product X W^T to the sums; block-aware: with E, (tokens, out)."""
+        """Add the inputs X of a product to the sums. For E, (tokens, out), see `correct_weight`."""
         self.weight = product.weight
         self.num_tokens += len(product.X)
         # TF32 multiplies the inputs of a weight of 16 bits exactly, eight times as fast as float32
@@ -519,11 +519,11 @@ def prune_block_aware(
     hidden states of the dense model after the block.
     """
     row_weights, closing_name = probe_block(call, dense_states)
-    dense_after = [call(before) for before in dense_states]
+    dense_after = [call(before).to(before.device) for before in dense_states]
 
     layers = collect_layers(call, states, leave_out=closing_name)
-    for name in layers:
-        layers[name].row_weights = row_weights.get(name, 1.0)
+    for name, layer in layers.items():
+        layer.row_weights = row_weights.get(name, 1.0)
     results = prune_layers(call.index, layers, prune, options, stored_dtype)
 
     if closing_name is not None:
@@ -678,12 +678,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         key = (weight.data_ptr(), weight.numel())
         if weight.ndim == 3:
             self.add_experts(x, weight, output)
-        elif (
-            weight.ndim == 2
-            and key in self.names
-            and x.numel() > 0  # an expert may have no tokens
-            and (x.data_ptr(), x.numel()) not in self.names  # x may be a weight, as in A @ B
-        ):
+        elif key in self.names and x.numel() > 0:  # an expert may have no tokens
             name, is_expert = self.names[key]
             if name in self.products:
                 raise ValueError(f"a block cannot be pruned if it calls {name} more than once")
@@ -730,6 +725,9 @@ def embed(
     argument, the first of which has to be the hidden states.
     """
     states = []
+    most_parameters = max(
+        sum(p.numel() for p in block.parameters()) for block in eval_ppl.find_blocks(model)
+    )
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0  # bytes
 
     def stop(block, args):
@@ -737,8 +735,7 @@ def embed(
             raise ValueError("the blocks do not get hidden states as their first argument")
         # Block-aware pruning has three sets of hidden states at once, and to prune a block takes
         # less than 40 bytes for each of its parameters.
-        parameters = sum(p.numel() for p in block.parameters())
-        fits = 3 * len(tokens) * args[0].nbytes + 40 * parameters < free
+        fits = 3 * len(tokens) * args[0].nbytes + 40 * most_parameters < free
         states.append(args[0] if fits else args[0].cpu())
         raise StopForward
 
