@@ -324,7 +324,7 @@ def prune_model(
             else:
                 layers = collect_layers(call, states)
                 block_results = prune_layers(call.index, layers, prune, options, stored_dtype)
-            states = [call(before).to(before.device) for before in states]  # the block is pruned
+            states = [call(before) for before in states]  # through the pruned block
             call.block.cpu()
         results += block_results
         bar.set_postfix(error=max((row["error"] for row in block_results), default=0.0))
@@ -358,16 +358,16 @@ class BlockCall:
     def __call__(self, before: Tensor) -> Tensor:
         """Return the hidden states of one sequence after the block, given those before it.
 
-        Both are (1, seqlen, hidden_size). Those after it are on the device of the block.
+        Both are (1, seqlen, hidden_size), and lie on the same device, that of the block or another.
         """
         # A copy, since a block may change its input in place.
         states = before.to(next(self.block.parameters()).device, copy=True)
-        return states_of(self.block(states, *self.args, **self.kwargs))
+        return states_of(self.block(states, *self.args, **self.kwargs)).to(before.device)
 
     def record(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
-        """Return the states after the block, and its products by name of layer."""
+        """Return the states after the block, on its device, and its products by name of layer."""
         with ProductRecorder(self.block) as recorder:
-            return self(before), recorder.products
+            return self(before.to(next(self.block.parameters()).device)), recorder.products
 
 
 @dataclass
@@ -519,7 +519,7 @@ def prune_block_aware(
     hidden states of the dense model after the block.
     """
     row_weights, closing_name = probe_block(call, dense_states)
-    dense_after = [call(before).to(before.device) for before in dense_states]
+    dense_after = [call(before) for before in dense_states]
 
     layers = collect_layers(call, states, leave_out=closing_name)
     for name, layer in layers.items():
@@ -678,7 +678,12 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         key = (weight.data_ptr(), weight.numel())
         if weight.ndim == 3:
             self.add_experts(x, weight, output)
-        elif key in self.names and x.numel() > 0:  # an expert may have no tokens
+        elif (
+            weight.ndim == 2
+            and key in self.names
+            and x.numel() > 0  # an expert may have no tokens
+            and (x.data_ptr(), x.numel()) not in self.names  # x may be a weight, as in A @ B
+        ):
             name, is_expert = self.names[key]
             if name in self.products:
                 raise ValueError(f"a block cannot be pruned if it calls {name} more than once")
