@@ -543,10 +543,10 @@ def prune_block_aware(
 def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
     """Return W changed so that its output X W^T makes up for a part of what is lacking.
 
-    E, (tokens, out_features), is what is lacking at each output. Half of a ridge regression of E on
-    X is added to W:
+    E, (tokens, out_features), is what is lacking at each output. A ridge regression of E on X is
+    added to W:
 
-        W + 1/2 E^T X (G + D)^-1
+        W + E^T X (G + D)^-1
 
     D is the diagonal matrix of the squared norms of the features. It keeps the correction from
     fitting the calibration tokens too closely. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv
@@ -557,7 +557,7 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
         float dtype.
     """
     damped = gram.diagonal_scatter(gram.diagonal() + feature_norms(gram) ** 2)  # G + D
-    return weight + 0.5 * EtX @ invert_(damped)
+    return weight + EtX @ invert_(damped)
 
 
 @eval_ppl.note("in the probe, a backward pass through the block")

@@ -526,7 +526,7 @@ def test_the_readmes_snippets_print_what_they_promise(capsys):
 # --------------------------------------------------------------------------- block-aware pruning
 
 
-def test_correction_is_half_of_a_ridge_regression():
+def test_correction_is_a_ridge_regression():
     # In float64. The ridge bounds the weights of a rarely active feature.
     W, X = make_layer()
     W, X = W.double(), X.double()
@@ -537,7 +537,7 @@ def test_correction_is_half_of_a_ridge_regression():
     ridge = torch.diag(norms.clamp(min=0.01 * norms.mean()))
     lost = torch.cat([E, torch.zeros(len(ridge), len(W))])
     gain = torch.linalg.lstsq(torch.cat([X, ridge]), lost).solution.T
-    torch.testing.assert_close(ap.correct_weight(W, X.T @ X, E.T @ X), W + gain / 2)
+    torch.testing.assert_close(ap.correct_weight(W, X.T @ X, E.T @ X), W + gain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
