@@ -1,6 +1,6 @@
-"""Tests: `pytest`, without network, a minute on one core. `pytest -m sweep` takes the rare
-architectures. The mathematics is compared with independent computations in float64, the loop over
-the blocks with the models' own forward.
+"""Tests: `pytest`, without network. `pytest -m sweep` takes the rare architectures. The mathematics
+is compared with independent computations in float64, the loop over the blocks with the models' own
+forward.
 """
 
 import argparse
