@@ -46,16 +46,19 @@ def perplexity(
     check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
-    # Free memory in bytes; without CUDA, 8 GiB stand for it. A model that takes more than half of
-    # it visits the device block by block.
+    # Free memory in bytes; without CUDA, 8 GiB stand for it.
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
-    fits = sum(tensor.nbytes for tensor in tensors_of(model)) <= free / 2
-    model_on_device = moved(tensors_of(model), device) if fits else offload_blocks(model, device)
-    # More windows at once need fewer such visits. Each token has as many logits as the vocabulary
-    # has entries, which may take a quarter of the free memory in 32 bits. The bound of 2^14 tokens
-    # is for what the blocks compute.
-    logit_bytes = 4 * model.config.get_text_config(decoder=True).vocab_size  # of a token
-    windows_at_once = max(1, min(free // 4 // logit_bytes, 2**14) // tokens.shape[1])
+    # Each token has as many logits as the vocabulary has entries. In 32 bits, a window needs them
+    # three times for the loss, and as much again is for what a block computes.
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    window_bytes = 4 * 4 * vocab_size * tokens.shape[1]
+    if sum(tensor.nbytes for tensor in tensors_of(model)) + window_bytes <= free:
+        model_on_device = moved(tensors_of(model), device)
+        windows_at_once = 1
+    else:
+        # The model visits the device block by block. More windows at once need fewer visits.
+        model_on_device = offload_blocks(model, device)
+        windows_at_once = max(1, min(free // 2 // window_bytes, 2**14 // tokens.shape[1]))
     losses = []
     with model_on_device, note(f"with {windows_at_once} windows at once"):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
@@ -201,23 +204,28 @@ def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
 
 
 def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
-    """Return the causal LM on the host.
+    """Return the causal LM on the host, also one that sees images besides.
 
     `dtype` is "float32", "bfloat16", "float16" or "auto": that of the checkpoint, or float32 for a
     .gguf file.
     """
-    arguments = {**locate(name), "dtype": dtype, "output_loading_info": True}
-    if "gguf_file" in arguments:
-        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    config = transformers.AutoConfig.from_pretrained(**locate(name))
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        auto_model = transformers.AutoModelForCausalLM
+    elif type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        auto_model = transformers.AutoModelForImageTextToText
     else:
-        arguments["config"] = transformers.AutoConfig.from_pretrained(name)
-        # FP8 and MXFP4 checkpoints would stay quantised on a GPU that has kernels for them. With
-        # this, they are dequantised, and the model's configuration is one of full weights. Formats
-        # that ignore it are refused later.
-        if getattr(arguments["config"], "quantization_config", None) is not None:
-            arguments["config"].quantization_config["dequantize"] = True
+        raise ValueError(f"transformers has no causal language model of type {config.model_type}")
+    arguments = {**locate(name), "config": config, "dtype": dtype}
+    if "gguf_file" in arguments and hasattr(transformers, "GgufConfig"):
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # FP8 and MXFP4 checkpoints would stay quantised on a GPU that has kernels for them. With this,
+    # they are dequantised, and the model's configuration is one of full weights. Formats that
+    # ignore it are refused later.
+    if getattr(config, "quantization_config", None) is not None:
+        config.quantization_config["dequantize"] = True
     with note(f"while reading {name}"):
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(**arguments)
+        model, info = auto_model.from_pretrained(**arguments, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(f"{name} lacks weights, such as {min(info['missing_keys'])}")
     return model
