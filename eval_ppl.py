@@ -48,10 +48,9 @@ def perplexity(
     model.eval()
     # Free memory in bytes; without CUDA, 8 GiB stand for it.
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
-    # Each token has as many logits as the vocabulary has entries. In 32 bits, a window needs them
-    # three times for the loss, and as much again is for what a block computes.
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    window_bytes = 4 * 4 * vocab_size * tokens.shape[1]
+    # Each token has as many logits as the vocabulary has entries. The loss of a window needs them
+    # three times in 32 bits, and as much as a fourth time is for what a block computes.
+    window_bytes = 16 * tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size
     if sum(tensor.nbytes for tensor in tensors_of(model)) + window_bytes <= free:
         model_on_device = moved(tensors_of(model), device)
         windows_at_once = 1
