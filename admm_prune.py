@@ -91,8 +91,9 @@ def prune_weight(
     active_share = float((gram.diagonal() > 0).float().mean())
     A.fill_diagonal_(1 + damping * active_share)
     L = torch.linalg.cholesky(A.diagonal_scatter(A.diagonal() + rho))  # A + rho I = L L^T
+    del A  # as large as G
     R = torch.cholesky_inverse(L).mul_(rho)  # rho (A + rho I)^-1
-    del A, L  # each is as large as G
+    del L
     W0 = weight.float() * d  # (out, in)
 
     # V reconstructs the outputs, and Z has the zeros. U, the scaled dual variable, is the sum of
@@ -783,25 +784,18 @@ def checked_calls(
             after = [
                 call.record(states[call.index])[0].cpu() for states in (first_states, second_states)
             ]
-        own = torch.cat([first_states[call.index + 1], second_states[call.index + 1]])
+        own = torch.cat([first_states[call.index + 1], second_states[call.index + 1]]).float()
         if not own.isfinite().all():
             raise ValueError(f"the hidden states after block {call.index} are NaN or infinite")
-        difference = relative_difference(torch.cat(after), own)
+        # Relative to each token, since some have hidden states hundreds of times larger.
+        distances = (torch.cat(after).float() - own).norm(dim=-1)  # (2, seqlen)
+        difference = float((distances / own.norm(dim=-1).clamp(min=1e-30)).mean())
         if not difference <= tolerance:  # also true for NaN
             raise ValueError(
                 "the model cannot be pruned block by block: the hidden states after block "
                 f"{call.index} differ by {difference:.2g} if it is called alone"
             )
     return calls
-
-
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    """Return the norm of a - b relative to that of b, (..., features), as a mean over the tokens.
-
-    Some tokens have hidden states hundreds of times larger, and would hide the others.
-    """
-    difference = (a.float() - b.float()).norm(dim=-1)
-    return float((difference / b.float().norm(dim=-1).clamp(min=1e-30)).mean())
 
 
 # ------------------------------------------------------------------------------ calibration text

@@ -448,7 +448,7 @@ def test_the_released_code_in_our_loop_gives_our_model(
             block.fc1.bias.data[:8] = -100  # a sixth of the inputs of fc2 is never active
         prune_tiny(model, partial(prune, **amount))
         states.append(inputs_of({"head": model.lm_head}, model, make_tokens(seed=2))["head"])
-    assert ap.relative_difference(*states) < 1e-5  # one other entry in a mask would be seen
+    assert (states[0] - states[1]).norm() < 1e-5 * states[1].norm()  # one entry would be seen
 
 
 # --------------------------------------------------------------------------- loop over the blocks
@@ -1460,5 +1460,5 @@ def test_a_real_llama_loses_least_by_the_better_methods():
             pruned, partial(ap.METHODS[method], sparsity=0.6), block_aware, tokens=tokens[:3]
         )
         states = inputs_of({"norm": pruned.model.norm}, pruned, tokens[3:])["norm"]
-        errors.append(ap.relative_difference(states, dense))
+        errors.append(((states - dense).norm(dim=1) / dense.norm(dim=1)).mean())
     assert errors == sorted(set(errors))
