@@ -59,11 +59,11 @@ def prune_weight(
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and all steps then only optimise the values of these entries.
-        damping: is added to the diagonal of the scaled Gram matrix, which is 1, times the share of
-            features that are ever active; at least 0.
+        damping: the diagonal of the scaled Gram matrix is 1 + damping * (share of features that
+            are ever active); at least 0.
         rho: ADMM's penalty, for features that are scaled to norm 1; above 0.
         growing_steps: first steps, in which the share of zeros grows to its final value; at least
-            1. The author's code without N:M has 1, and 14 `moving_steps`.
+            1. The author's code without N:M has 1, 14 and 5 steps of the three kinds.
         moving_steps: further steps in which the mask is still selected anew.
         frozen_steps: last steps, in which the mask stays the same.
 
@@ -81,9 +81,9 @@ def prune_weight(
     ):
         raise ValueError("needed: float weight, rho and growing_steps > 0, damping and steps >= 0")
     gram = gram.float()
-    # Feature j is divided by its norm d_j, so that one rho suits all features. Column j of W is
-    # multiplied by it, so that the outputs stay the same. The first mask ranks the entries of
-    # W0 = W d by magnitude, which is Wanda's score.
+    # Feature j is divided by d_j, its norm with a floor, so that one rho suits all features. Column
+    # j of W is multiplied by it, so that the outputs stay the same. The first mask ranks the
+    # entries of W0 = W d by magnitude, which is Wanda's score.
     d = feature_norms(gram)  # (in,)
     A = (gram / d).div_(d[:, None])  # (in, in)
     # In the paper, this diagonal is 1 for active features and 0 for others, and damping times
@@ -100,9 +100,9 @@ def prune_weight(
     # V - Z over the steps so far. Each step computes
     #
     # Z, the matrix with the required zeros that is nearest to V + U;
-    # U, which becomes 0 where an entry is kept, and grows by V where it is pruned;
-    # V, which minimises tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2. So U pushes the pruned
-    #     entries of V towards 0, harder with each step until they are there. The paper has
+    # U, which becomes 0 where an entry is kept, and grows by V where it is pruned. So it pushes the
+    #     pruned entries of V towards 0, harder with each step until they are there;
+    # V, which minimises tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2. The paper has
     #     V = (W0 A + rho (Z - U)) (A + rho I)^-1. With W0 A = W0 (A + rho I) - rho W0, this is
     #     W0 + (Z - U - W0) R.
     V = W0
@@ -114,18 +114,18 @@ def prune_weight(
             kept = select_mask(V + U, sparsity, pattern, progress)
         Z = torch.where(kept, V + U, 0)
         U = U + V - Z
-        # On a GPU, TF32 is much faster than float32, and its 11 bits change errors by less than
-        # 0.5 %. For a torch before 2.9, leave out the `with`.
+        # On a GPU, TF32 is much faster than float32, and its 11 bits change the error of a layer by
+        # less than 0.5 %. For a torch before 2.9, leave out the `with`.
         with torch.backends.flags(fp32_precision="tf32"):
             V = W0 + (Z - U - W0) @ R
-    return (torch.where(kept, V + U, 0) / d).to(weight.dtype)
+    return (torch.where(kept, V, 0) / d).to(weight.dtype)
 
 
 def feature_norms(gram: Tensor) -> Tensor:
     """Return the norms of the input features, (in_features,), each at least 1 % of their mean.
 
-    This floor is ours. Without it, features that are hardly ever active would be hardly damped, and
-    with N:M, their weights could become huge.
+    This floor is ours. Without it, the damping of features that are hardly ever active would be
+    tiny beside G, and with N:M, their weights could become huge.
     """
     norms = gram.diagonal().sqrt()
     return norms.clamp(min=0.01 * float(norms.mean()) + 1e-12)  # 1e-12: all of them may be 0
@@ -250,16 +250,16 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 
 
 def leave_routers_dense(block: int, name: str) -> dict | None:
-    """Return None for the router of a mixture of experts, and {} for other layers.
+    """Leave the routers of mixtures dense, which are small and choose the experts.
 
-    With it as `options`, `prune_model` leaves routers dense: they are small and choose the experts.
+    These are the default `options` of `prune_model`. None leaves a layer dense.
     """
     routers = {"router", "gate", "shared_expert_gate", "router_gate"}
     return {} if routers.isdisjoint(name.split(".")) else None
 
 
-# These decorators undo what a caller may have switched on: autocast would compute in 16 bits, and
-# inference mode has no gradients.
+# These decorators undo what a caller may have switched on. Autocast, for example, would compute in
+# 16 bits.
 @torch.inference_mode(False)
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
@@ -273,10 +273,10 @@ def prune_model(
 
         prune_model(model, tokens, partial(sparsegpt, sparsity=0.6))
 
-    The layers of a block are pruned for the inputs that they have once the blocks before it are
-    pruned, while their own block is still dense. What stays dense are experts that no token
-    reaches, and weights that `linear`, `matmul` or `addmm` do not multiply as a whole, such as
-    convolutions (`ProductRecorder`).
+    By default, the layers of a block are pruned for the inputs that they have once the blocks
+    before it are pruned, while their own block is still dense. Besides layers that `options` leaves
+    dense, experts that no token reaches stay dense, and weights that a block does not multiply as a
+    whole with `linear`, `matmul` or `addmm`, such as convolutions.
 
     Args:
         model: a Hugging Face decoder-only model. It is moved to the host and set to evaluation
@@ -296,13 +296,14 @@ def prune_model(
         in it, its "shape", (out_features, in_features), its "sparsity" (share of zeros), its
         "error" (`measure_error`, from the dense weight), and "num_tokens" that reached it.
     Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned.
-        Errors of a method pass through. Notes name the block and the layer.
+        Errors of a method pass through, with notes that name the block and the layer.
     """
     check_prunable(model, tokens)
     device = eval_ppl.select_device(device)
     model.cpu().eval()
     # Fused kernels would hide the products of experts from `ProductRecorder`.
     model.set_experts_implementation("eager")
+    # The blocks, which give the model's own hidden states if they are called one by one.
     calls = checked_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = embed(model, tokens, device)
@@ -334,7 +335,7 @@ class Product:
 
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # The output in autograd's graph, for `probe_block`. None: no gradient, or an expert.
+    # The output in autograd's graph, only for `probe_block`. None: no gradient, or an expert.
     edge: torch.autograd.graph.GradientEdge | None
 
 
@@ -389,7 +390,7 @@ def collect_layers(
     """Return the layers of a block by name, with their sums over all sequences.
 
     `states` are the hidden states of each sequence before the block. `leave_out` is the name of a
-    layer that is not wanted.
+    layer to skip.
     """
     layers = defaultdict(Layer)
     for before in states:
@@ -525,16 +526,16 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
 
         W + E^T X (G + D)^-1
 
-    D is the diagonal matrix of the squared norms of the features. It keeps the correction from
-    fitting the calibration tokens too closely. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv
+    D is the diagonal matrix of the squared `feature_norms`. It keeps the correction from fitting
+    the calibration tokens too closely. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv
     2504.09629) and GPTAQ (Li et al., ICML 2025) correct all layers by such a formula, for the
     errors of their own outputs and for quantisation.
 
     Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, all of one
         float dtype.
     """
-    damped = gram.diagonal() + feature_norms(gram) ** 2
-    L = torch.linalg.cholesky(gram.diagonal_scatter(damped))  # G + D = L L^T
+    diagonal = gram.diagonal() + feature_norms(gram) ** 2
+    L = torch.linalg.cholesky(gram.diagonal_scatter(diagonal))  # G + D = L L^T
     return weight + EtX @ torch.cholesky_inverse(L)
 
 
@@ -559,8 +560,8 @@ def probe_block(
 
     The mean, over the outputs of the layer, draws r towards equal weights, since s is noisy. A
     method gets r W in place of W, and its result is divided by r. So rows that matter more keep
-    more entries, if the method ranks entries of different rows together. (With a pattern, only the
-    gradual mask of ADMM does.)
+    more entries, if the method ranks entries of different rows together. (With a pattern, all rows
+    keep as many, and r acts only on the gradual mask of ADMM.)
 
     The closing layer is the last layer, in the order of calls, whose gradient is equal to the
     signs. It needs no row weights, since all its outputs move the hidden states alike. The name is
@@ -586,7 +587,7 @@ def probe_block(
         # edges, and autograd refuses an empty list.
         gradients = torch.autograd.grad(after, [*edges.values(), before], signs, allow_unused=True)
         for name, gradient in zip(edges, gradients[:-1], strict=True):
-            if gradient is not None:  # None: not used, as DeepSeek V4's compressor with few tokens
+            if gradient is not None:  # None: the output is not used
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
                 sums[name] += g.square().sum(0)
                 if torch.equal(g, signs[0].float()):  # the block adds this output as it is
@@ -773,9 +774,9 @@ def checked_calls(
     # On a CPU, the difference is 0. The tolerance is for other orders of sums, as on a GPU.
     tolerance = 5e-3 if model.dtype in (torch.float16, torch.bfloat16) else 5e-5
     for call in tqdm(calls, "checking blocks"):
-        # As in pruning, both sequences go through a block before the next one. So data that a block
-        # leaves in an attribute for a later block are those of the second sequence when the first
-        # needs them, and the check fails.
+        # As in pruning, both sequences go through a block before the next one. If the block leaves
+        # data in an attribute for a later one, the second sequence overwrites those of the first,
+        # and the check fails.
         with (
             eval_ppl.note(f"while checking block {call.index}"),
             eval_ppl.moved(eval_ppl.tensors_of(call.block), device),
@@ -883,7 +884,8 @@ def load_and_prune(
 ) -> tuple[transformers.PreTrainedModel, dict]:
     """Return the pruned model of the command line, in the dtypes of its loading, and a report.
 
-    The errors in the report are those before the last rounding, if a CPU computed in float32.
+    If a CPU computed in float32, the errors in the report are those before the weights get back
+    the dtype of the checkpoint.
     """
     device = eval_ppl.select_device(args.device)
     tokenizer, bos = eval_ppl.load_tokenizer(args.model, args.seqlen, args.bos)
@@ -895,11 +897,11 @@ def load_and_prune(
         flush=True,
     )
     # The texts take turns, so that the first sequences, which the probe uses, have all kinds.
-    turns = (args.calibration * args.nsamples)[: args.nsamples]  # the text of each sequence
+    sources = (args.calibration * args.nsamples)[: args.nsamples]  # of each sequence
     tokens = torch.empty(args.nsamples, args.seqlen, dtype=torch.int64)
-    for source in set(turns):
-        tokens[[turn == source for turn in turns]] = calibration_tokens(
-            source, tokenizer, turns.count(source), args.seqlen, args.seed, bos
+    for source in set(sources):
+        tokens[[other == source for other in sources]] = calibration_tokens(
+            source, tokenizer, sources.count(source), args.seqlen, args.seed, bos
         )
     model = eval_ppl.load_model(args.model, args.dtype)
     model.config.save_pretrained(folder)

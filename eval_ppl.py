@@ -55,7 +55,8 @@ def perplexity(
         model_on_device = moved(tensors_of(model), device)
         windows_at_once = 1
     else:
-        # The model visits the device block by block. More windows at once need fewer visits.
+        # The model visits the device block by block. More windows at once, of at most 2^14 tokens,
+        # need fewer visits.
         model_on_device = offload_blocks(model, device)
         windows_at_once = max(1, min(free // 2 // window_bytes, 2**14 // tokens.shape[1]))
     losses = []
@@ -121,7 +122,8 @@ def offload_blocks(model: PreTrainedModel, device: torch.device):
         ExitStack() as visit,
         ExitStack() as hooks,
     ):
-        # `visit` holds the block that is on the device. `close` sends it back, and the next enters.
+        # `visit` holds the block that is on the device. `close` sends it back, and the next one can
+        # enter the same stack.
         def arrive(block, args):
             visit.enter_context(moved(tensors_of(block), device))
 
