@@ -237,7 +237,6 @@ METHODS = {
 }
 
 
-@torch.backends.flags(fp32_precision="tf32")  # as in `prune_weight`
 def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
     """Return ||X W^T - X W'^T||^2 / ||X W^T||^2 with `weight` W, `pruned` W' and `gram` X^T X."""
     W = weight.float()
@@ -907,11 +906,12 @@ def load_and_prune(
     model.config.save_pretrained(folder)
     if sum(p.nbytes for p in model.parameters()) > shutil.disk_usage(folder).free:
         raise ValueError(f"the disk of {folder} has no room for the model")
-    widest = max(max(p.shape[-2:]) for p in eval_ppl.find_blocks(model).parameters() if p.ndim > 1)
+    modules = eval_ppl.find_blocks(model).modules()
+    widest = max(getattr(module, "in_features", 0) for module in modules)  # experts are not seen
     if tokens.numel() < 8 * widest:
         print(
-            f"few tokens: {tokens.numel()} for the {widest} features of the widest layer. More",
-            "--nsamples pay until there are 8 for each",
+            f"few tokens: {tokens.numel()} for the {widest} input features of the widest layer;",
+            "more --nsamples would help",
             flush=True,
         )
     # A checkpoint may mix dtypes. Each tensor gets back its own in the end.
@@ -928,8 +928,9 @@ def load_and_prune(
     )
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(loaded_dtypes[name])  # in place, so that ties stay
-    if not all(p.isfinite().all() for p in eval_ppl.find_blocks(model).parameters()):
-        raise ValueError("pruned weights overflow the checkpoint's dtype: use --dtype float32")
+    for name, parameter in eval_ppl.find_blocks(model).named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"block {name} overflows {parameter.dtype}: use --dtype float32")
     return model, {
         # The values that were used stand in place of the defaults.
         "arguments": vars(args)

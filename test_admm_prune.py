@@ -302,7 +302,6 @@ def test_exact_count_of_zeros(prune, sparsity, shape):
     W, X = make_layer(*shape)
     pruned = prune(W, X.T @ X, sparsity)
     assert int((pruned == 0).sum()) == round(sparsity * W.numel())
-    assert int((prune(W, 0 * X.T @ X, sparsity) == 0).sum()) >= int((pruned == 0).sum())
 
 
 @pytest.mark.parametrize("method", ap.METHODS.values())
@@ -313,7 +312,6 @@ def test_a_gram_matrix_of_another_dtype_is_taken_in_float32(method, dtype):
     gram += 0.1 * gram.diagonal().diag()  # positive definite in 16 bits, too
     pruned = method(W, gram)
     assert torch.equal(pruned, method(W, gram.float()))
-    assert ap.measure_error(W, pruned, gram) == ap.measure_error(W, pruned, gram.float())
 
 
 @pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (4, 8), (3, 5)])
@@ -687,9 +685,14 @@ def dense_model(request):
     return make_model(request.param)
 
 
-def test_perplexity_is_that_of_the_models_own_forward(dense_model):
-    own = own_perplexity(dense_model, make_tokens())
-    assert eval_ppl.perplexity(dense_model, make_tokens(), "cpu") == pytest.approx(own, rel=1e-4)
+def test_perplexity_is_that_of_the_models_own_forward(dense_model, monkeypatch):
+    own = pytest.approx(own_perplexity(dense_model, make_tokens()), rel=1e-4)
+    assert eval_ppl.perplexity(dense_model, make_tokens(), "cpu") == own
+    # With 16 GiB more, the blocks visit the device, and all windows are computed at once.
+    tensors_of = eval_ppl.tensors_of
+    huge = torch.zeros(1).expand(2**32)
+    monkeypatch.setattr(eval_ppl, "tensors_of", lambda module: [*tensors_of(module), huge])
+    assert eval_ppl.perplexity(dense_model, make_tokens(), "cpu") == own
 
 
 def test_gram_matrices_are_of_the_inputs_in_the_models_own_forward(dense_model):
@@ -768,11 +771,11 @@ def test_what_a_caller_has_switched_on_changes_nothing():
 
 
 @pytest.mark.parametrize("block_aware", [False, True])
-def test_errors_are_of_the_rounded_weights(block_aware):
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0), (torch.float32, 1e-6)])
+def test_errors_are_of_the_rounded_weights(dtype, error, block_aware):
     # A method may change its copy of the weight. In 16 bits, this change is rounded away.
-    model = make_model().bfloat16()
-    results = prune_tiny(model, lambda W, gram: W.mul_(1.0001), block_aware)
-    assert {result["error"] for result in results} == {0.0}
+    results = prune_tiny(make_model().to(dtype), lambda W, gram: W.mul_(1.001), block_aware)
+    assert results[0]["error"] == pytest.approx(error, rel=0.01)
 
 
 EXACT = ("linalg_cholesky", "none"), ("cholesky_inverse", "none")
@@ -782,7 +785,7 @@ EXACT = ("linalg_cholesky", "none"), ("cholesky_inverse", "none")
     "function, expected",
     [
         (lambda W, X, gram: ap.prune_weight(W, gram), {*EXACT, ("matmul", "tf32")}),
-        (lambda W, X, gram: ap.measure_error(W, W, gram), {("matmul", "tf32")}),
+        (lambda W, X, gram: ap.measure_error(W, W, gram), {("matmul", "none")}),
         (lambda W, X, gram: ap.Layer().add(ap.Product(W, X, None)), {("matmul", "tf32")}),
         (lambda W, X, gram: ap.sparsegpt(W, gram), {*EXACT, ("matmul", "none")}),
         (lambda W, X, gram: ap.correct_weight(W, gram, W), {*EXACT, ("matmul", "none")}),
@@ -1054,14 +1057,14 @@ def test_a_gpu_gives_what_the_cpu_gives(
 def test_perplexity_on_a_gpu_is_that_on_the_cpu(monkeypatch, fits, lacking):
     model = make_model()
     room = sum(tensor.nbytes for tensor in eval_ppl.tensors_of(model)) - lacking
-    room += 4 * 4 * 24 * 512  # four times the logits of a window
+    room += 4 * 4 * 8 * 512  # four times the logits of a window
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (room, room))
-    own = own_perplexity(model, make_tokens())
+    own = own_perplexity(model, make_tokens(seqlen=8))
     on_gpu = []
     model.model.layers[2].register_forward_hook(
         lambda *_: on_gpu.append(model.model.layers[0].mlp.up_proj.weight.is_cuda)
     )
-    assert eval_ppl.perplexity(model, make_tokens(), "cuda") == pytest.approx(own, rel=1e-4)
+    assert eval_ppl.perplexity(model, make_tokens(seqlen=8), "cuda") == pytest.approx(own, rel=1e-4)
     assert set(on_gpu) == {fits}
     assert {p.device.type for p in model.parameters()} == {"cpu"}
 
@@ -1108,11 +1111,9 @@ def folder(tmp_path_factory, tokenizer):
 
 
 def test_the_halves_of_pythons_help_share_no_passages():
-    passages = []
-    for split in ("train", "test"):
-        words = eval_ppl.read_text("help", split).split()
-        passages.append({tuple(words[i : i + 12]) for i in range(len(words))})
-    assert len(passages[0] & passages[1]) < 0.001 * len(passages[1])
+    halves = [eval_ppl.read_text("help", split).split() for split in ("train", "test")]
+    train, test = [{tuple(words[i : i + 12]) for i in range(len(words))} for words in halves]
+    assert len(train & test) < 0.001 * len(test)
 
 
 def test_windows_of_wikitext2(tokenizer, monkeypatch):
@@ -1195,17 +1196,17 @@ def test_several_calibration_texts_take_turns(folder, tmp_path, monkeypatch, tok
     prune = mock.Mock(return_value=[])
     monkeypatch.setattr(ap, "prune_model", prune)
     names = [str(folder / f"{name}.txt") for name in ("calibration", "calibration", "test")]
-    arguments = ("--calibration", *names, "--nsamples", 5, "--save", tmp_path / "out")
-    assert run(monkeypatch, folder, *arguments) is None
-    assert "few tokens: 320 for the 48 features of the widest layer" in capsys.readouterr().out
+    arguments = ("--calibration", *names, "--nsamples", 6, "--seqlen", 63)
+    assert run(monkeypatch, folder, *arguments, "--save", tmp_path / "out") is None
+    assert "few tokens: 378 for the 48 input features of the widest" in capsys.readouterr().out
     assert eval_ppl.read_text(names[0], "") == DOCS[:60_000]  # without its byte order mark
     tokens = prune.call_args.args[1]
-    assert len(tokens) == len(tokens.unique(dim=0)) == 5
+    assert len(tokens) == len(tokens.unique(dim=0)) == 6
     for name in names:
         ids = tokenizer(Path(name).read_text(encoding="utf-8-sig")).input_ids
-        windows = torch.tensor(ids).unfold(0, 64, 1)
+        windows = torch.tensor(ids).unfold(0, 63, 1)
         found = [bool((windows == row).all(1).any()) for row in tokens]
-        assert found == [names[i % 3] == name for i in range(5)]
+        assert found == [names[i % 3] == name for i in range(6)]
 
 
 def test_the_defaults_of_the_command_lines(monkeypatch):
