@@ -959,7 +959,7 @@ def describe_zeros(model: transformers.PreTrainedModel) -> str:
     dense = {
         name.partition(".")[2]  # without the number of the block
         for name, matrix in matrices.items()
-        if ((matrix == 0).flatten(-2).float().mean(-1) < 0.01).any()
+        if ((matrix == 0).sum((-2, -1)) < 0.01 * matrix.shape[-2:].numel()).any()
     }
     zeros = sum(int((matrix == 0).sum()) for matrix in matrices.values())
     share = zeros / sum(matrix.numel() for matrix in matrices.values())
