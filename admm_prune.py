@@ -62,10 +62,10 @@ def prune_weight(
         damping: the diagonal of the scaled Gram matrix is 1 + damping * (share of features that
             are ever active); at least 0.
         rho: ADMM's penalty, for features that are scaled to norm 1; above 0.
-        growing_steps: first steps, in which the share of zeros grows to its final value; at least
-            1. The author's code without N:M has 1, 14 and 5 steps of the three kinds.
+        growing_steps: steps in which the share of zeros grows to its final value; at least 1.
         moving_steps: further steps in which the mask is still selected anew.
-        frozen_steps: last steps, in which the mask stays the same.
+        frozen_steps: last steps, in which the mask stays the same. The author's code without N:M
+            has 1, 14 and 5 of these steps.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
     Raises: ValueError if an argument is invalid.
@@ -96,8 +96,8 @@ def prune_weight(
     del L
     W0 = weight.float() * d  # (out, in)
 
-    # V reconstructs the outputs, and Z has the zeros. U, the scaled dual variable, is the sum of
-    # V - Z over the steps so far. Each step computes
+    # V, whose kept entries are the result, reconstructs the outputs, and Z has the zeros. U, the
+    # scaled dual variable, is the sum of V - Z over the steps so far. Each step computes
     #
     # Z, the matrix with the required zeros that is nearest to V + U;
     # U, which becomes 0 where an entry is kept, and grows by V where it is pruned. So it pushes the
@@ -124,8 +124,8 @@ def prune_weight(
 def feature_norms(gram: Tensor) -> Tensor:
     """Return the norms of the input features, (in_features,), each at least 1 % of their mean.
 
-    This floor is ours. Without it, the damping of features that are hardly ever active would be
-    tiny beside G, and with N:M, their weights could become huge.
+    This floor is ours. The pruned weight is divided by these norms, so that with N:M, the weights
+    of features that are hardly ever active could become huge without it.
     """
     norms = gram.diagonal().sqrt()
     return norms.clamp(min=0.01 * float(norms.mean()) + 1e-12)  # 1e-12: all of them may be 0
@@ -188,7 +188,7 @@ def sparsegpt(
     # Columns are pruned from left to right, and those further right make up for each error. With
     # the upper triangular factor C of H^-1 = C^T C, the inverse of H[j:, j:] is C[j:, j:]^T
     # C[j:, j:]. So to remove an entry w of column j costs (w / C_jj)^2, and changes the columns
-    # from j on by -w / C_jj C[j, j:] (equation 3 of the paper).
+    # from j on by -w / C_jj C[j, j:] (their equation 3).
     C = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     width = pattern[1] if pattern else 128
     for start in range(0, W.shape[1], width):
@@ -228,7 +228,6 @@ def magnitude(
     return torch.where(select_mask(weight, sparsity, pattern), weight, 0)
 
 
-# Each method takes (weight, gram, sparsity, pattern).
 METHODS = {
     "admm-grad": prune_weight,
     "sparsegpt": sparsegpt,
@@ -251,7 +250,7 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 def leave_routers_dense(block: int, name: str) -> dict | None:
     """Leave the routers of mixtures dense, which are small and choose the experts.
 
-    These are the default `options` of `prune_model`. None leaves a layer dense.
+    This is the default `options` of `prune_model`. None leaves a layer dense.
     """
     routers = {"router", "gate", "shared_expert_gate", "router_gate"}
     return {} if routers.isdisjoint(name.split(".")) else None
@@ -302,7 +301,7 @@ def prune_model(
     model.cpu().eval()
     # Fused kernels would hide the products of experts from `ProductRecorder`.
     model.set_experts_implementation("eager")
-    # The blocks, which give the model's own hidden states if they are called one by one.
+    # The calls of the blocks, checked to give the model's own hidden states.
     calls = checked_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = embed(model, tokens, device)
@@ -334,7 +333,7 @@ class Product:
 
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # The output in autograd's graph, only for `probe_block`. None: no gradient, or an expert.
+    # The output in autograd's graph, for `probe_block`. None: no gradient, or a part of an expert.
     edge: torch.autograd.graph.GradientEdge | None
 
 
@@ -367,7 +366,7 @@ class BlockCall:
 
 @dataclass
 class Layer:
-    """A linear layer, or an expert of a mixture, with sums over its calibration tokens."""
+    """A linear layer, or one matrix of an expert, with sums over its calibration tokens."""
 
     weight: Tensor | None = None  # set by `add`: view of W in the model, (out, in)
     num_tokens: int = 0
@@ -499,7 +498,7 @@ def prune_block_aware(
         results += prune_layer(call.index, name, layers.pop(name), method, options)
     if closing_name is not None:
         closing_layer = Layer()
-        EtX = 0.0  # (out, in) float32, the sum over all sequences
+        EtX = 0.0  # E^T X, (out, in) float32, over all sequences
         for before, wanted in zip(states, dense_after, strict=True):
             after, products = call.record(before)  # the closing layer is still dense
             product = products[closing_name]
@@ -571,8 +570,8 @@ def probe_block(
     """
     sums = defaultdict(float)  # name -> s, (out_features,)
     closing_name = None
-    # Each block gets the same signs, and each sequence others. They are drawn on the host, so that
-    # a GPU gets the same ones.
+    # The signs differ between sequences, not between blocks. They are drawn on the host, so that a
+    # GPU gets the same ones.
     generator = torch.Generator().manual_seed(0)
     for dense_state in dense_states[:8]:
         before = dense_state.detach().requires_grad_()
@@ -677,8 +676,8 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         """Add the products of all experts of a stack at once, as Llama 4 computes them.
 
         x is (experts, tokens, in_features), and weight is (experts, out_features, in_features). A
-        row of x is 0 if the token goes elsewhere. The experts of products of other shapes stay
-        dense.
+        row of x is 0 if the token goes elsewhere. Stacks that are multiplied in other
+        shapes stay dense.
         """
         # A stack, also a transposed one, has the address of its first expert.
         is_stack = (weight.data_ptr(), weight.shape[1:].numel()) in self.names
@@ -702,10 +701,7 @@ class StopForward(Exception):
 def embed(
     model: transformers.PreTrainedModel, tokens: Tensor, device: torch.device
 ) -> list[Tensor]:
-    """Return the hidden states of each sequence before block 0, on the device or on the host.
-
-    Those of later blocks lie where these do.
-    """
+    """Return the hidden states of each sequence before block 0, on the device or on the host."""
     states = []
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0  # bytes
 
@@ -761,7 +757,7 @@ def record_calls(
 def checked_calls(
     model: transformers.PreTrainedModel, tokens: Tensor, device: torch.device
 ) -> list[BlockCall]:
-    """Return the calls of all blocks for the first sequence, which serve for all sequences.
+    """Return the calls of all blocks for the first sequence.
 
     Raise a ValueError unless each block, called by itself with the model's own hidden states before
     it, gives the model's own hidden states after it, for two sequences.
@@ -881,10 +877,10 @@ def prune_and_save(args: argparse.Namespace) -> None:
 def load_and_prune(
     args: argparse.Namespace, folder: Path
 ) -> tuple[transformers.PreTrainedModel, dict]:
-    """Return the pruned model of the command line, in the dtypes of its loading, and a report.
+    """Return the pruned model of the command line, and a report.
 
-    If a CPU computed in float32, the errors in the report are those before the weights get back
-    the dtype of the checkpoint.
+    The model has the dtypes in which it was loaded. If a CPU computed in float32, the errors in the
+    report are those before the last rounding.
     """
     device = eval_ppl.select_device(args.device)
     tokenizer, bos = eval_ppl.load_tokenizer(args.model, args.seqlen, args.bos)
@@ -907,7 +903,7 @@ def load_and_prune(
     if sum(p.nbytes for p in model.parameters()) > shutil.disk_usage(folder).free:
         raise ValueError(f"the disk of {folder} has no room for the model")
     modules = eval_ppl.find_blocks(model).modules()
-    widest = max(getattr(module, "in_features", 0) for module in modules)  # experts are not seen
+    widest = max(getattr(module, "in_features", 0) for module in modules)  # `nn.Linear` only
     if tokens.numel() < 8 * widest:
         print(
             f"few tokens: {tokens.numel()} for the {widest} input features of the widest layer;",
@@ -949,7 +945,7 @@ def load_and_prune(
 def describe_zeros(model: transformers.PreTrainedModel) -> str:
     """Return a text: the share of zeros in all matrices of the blocks, and which ones are dense.
 
-    A name is listed if in any block, less than 1 % of the matrix, or of one expert, is zero.
+    A name is listed if less than 1 % of it, or of one of its experts, is zero in some block.
     """
     matrices = {
         name: parameter
@@ -1013,7 +1009,7 @@ def main() -> None:
             "needed: --nsamples at least the number of --calibration texts, --seqlen at least 2, "
             "0 <= --seed < 2**63"
         )
-    with eval_ppl.whole_messages("admm_prune.py"):
+    with eval_ppl.exit_without_traceback("admm_prune.py"):
         prune_and_save(args)
 
 

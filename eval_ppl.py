@@ -8,8 +8,8 @@ split are joined by blank lines and tokenised once. The tokens are cut into wind
 do not overlap; the last, incomplete one is dropped. Perplexity is exp of the mean negative
 log-likelihood.
 
-This file knows nothing of how a model was pruned. It also has what both programs need: how to find
-and offload the blocks, and how to load models, tokenizers and texts.
+This file also has what both programs need: how to find and offload the blocks, and how to load
+models, tokenizers and texts.
 """
 
 import argparse
@@ -52,15 +52,15 @@ def perplexity(
     model.eval()
     # Free memory in bytes; without CUDA, 8 GiB stand for it.
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
-    # Each token has as many logits as the vocabulary has entries. The loss of a window needs them
-    # three times in 32 bits, and as much as a fourth time is for what a block computes.
+    # The loss needs a window's logits three times in 32 bits; a fourth share is for what a block
+    # computes.
     window_bytes = 16 * tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size
     if sum(tensor.nbytes for tensor in tensors_of(model)) + window_bytes <= free:
         model_on_device = moved(tensors_of(model), device)
         windows_at_once = 1
     else:
-        # The model visits the device block by block. More windows at once, of at most 2^14 tokens,
-        # need fewer visits.
+        # The model visits the device block by block. More windows at once need fewer visits; they
+        # take half of the memory, and have at most 2^14 tokens.
         model_on_device = offload_blocks(model, device)
         windows_at_once = max(1, min(free // 2 // window_bytes, 2**14 // tokens.shape[1]))
     losses = []
@@ -101,7 +101,7 @@ def moved(tensors: list[Tensor] | set[Tensor], device: torch.device):
     """Let tensors have their data on the device, until the context ends.
 
     Then they get back the data that they had before, so that nothing is copied back. What is
-    written to them on another device is lost.
+    written to them meanwhile is lost if the device is another.
     """
     before = [(tensor, tensor.data) for tensor in tensors]
     try:
@@ -193,8 +193,6 @@ def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
         bos: whether they are to begin with BOS. Default: only for Gemma, whose perplexity is much
             higher without. Published protocols have BOS at most once, at the start of the text.
 
-    The weights of the model are not loaded.
-
     Raises: ValueError if the model has fewer positions than `seqlen`, or no BOS token.
     """
     with note(f"while reading the configuration and the tokenizer of {name}"):
@@ -223,11 +221,11 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
     else:
         raise ValueError(f"transformers has no causal language model of type {config.model_type}")
     arguments = {**locate(name), "config": config, "dtype": dtype}
-    if "gguf_file" in arguments and hasattr(transformers, "GgufConfig"):
+    if "gguf_file" in arguments and hasattr(transformers, "GgufConfig"):  # not in old versions
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # FP8 and MXFP4 checkpoints would stay quantised on a GPU that has kernels for them. With this,
-    # they are dequantised, and the model's configuration is one of full weights. Formats that
-    # ignore it are refused later.
+    # they are dequantised, and the model's configuration is one of full weights. `prune_model`
+    # refuses formats that ignore it.
     if getattr(config, "quantization_config", None) is not None:
         config.quantization_config["dequantize"] = True
     with note(f"while reading {name}"):
@@ -301,7 +299,7 @@ def note(text: str):
 
 
 @contextmanager
-def whole_messages(program: str):
+def exit_without_traceback(program: str):
     """Exit with the message and the notes of an error, but without its traceback.
 
     This is for errors that arguments, files, the network or memory cause, or a singular matrix.
@@ -359,7 +357,7 @@ def main() -> None:
     args = cli.parse_args()
     if args.seqlen < 2 or (args.limit is not None and args.limit < 1):
         cli.error("needed: --seqlen at least 2, --limit at least 1")
-    with whole_messages("eval_ppl.py"):
+    with exit_without_traceback("eval_ppl.py"):
         device = select_device(args.device)
         tokenizer, bos = load_tokenizer(args.model, args.seqlen, args.bos)
         windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit, bos)
