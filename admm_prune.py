@@ -479,7 +479,8 @@ def prune_block_aware(
     model (`correct_weight`), and pruned.
 
     There is no closing layer where a norm or a multiplier stands behind the last layer, as in Gemma
-    3, or where experts close the block, as in Mixtral. Stacked experts have no row weights.
+    3, or where experts close the block, as in Mixtral. Stacked experts have no row weights, since
+    each gets only some of the tokens.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
     model that is being pruned and in the dense model. Return what became of each layer, and the
@@ -504,7 +505,7 @@ def prune_block_aware(
             product = products[closing_name]
             E = (wanted.to(after.device).float() - after.float()).flatten(0, -2)
             closing_layer.add(product)
-            with torch.backends.flags(fp32_precision="tf32"):
+            with torch.backends.flags(fp32_precision="tf32"):  # rounds E to 11 bits
                 EtX += E.T @ product.X
             del product, products  # frees the copies of all X
 
