@@ -213,6 +213,8 @@ def wanda(
 
     ||x|| is the norm of an input feature (Sun et al., ICLR 2024, arXiv 2306.11695).
     """
+    if gram.shape != (weight.shape[1], weight.shape[1]):
+        raise ValueError(f"gram is {tuple(gram.shape)}, but in_features is {weight.shape[1]}")
     if pattern is None:
         # Each row is one group, of which at least one entry is kept.
         pattern = (max(weight.shape[1] - round(sparsity * weight.shape[1]), 1), weight.shape[1])
@@ -502,12 +504,11 @@ def prune_block_aware(
         EtX = 0.0  # E^T X, (out, in) float32, over all sequences
         for before, wanted in zip(states, dense_after, strict=True):
             after, products = call.record(before)  # the closing layer is still dense
-            product = products[closing_name]
             E = (wanted.to(after.device).float() - after.float()).flatten(0, -2)
-            closing_layer.add(product)
+            closing_layer.add(products[closing_name])
             with torch.backends.flags(fp32_precision="tf32"):  # rounds E to 11 bits
-                EtX += E.T @ product.X
-            del product, products  # frees the copies of all X
+                EtX += E.T @ products[closing_name].X
+            del products  # frees the copies of all X
 
         def prune_corrected(weight, gram, **arguments):
             return prune(correct_weight(weight, gram, EtX), gram, **arguments)
@@ -903,8 +904,9 @@ def load_and_prune(
     model.config.save_pretrained(folder)
     if sum(p.nbytes for p in model.parameters()) > shutil.disk_usage(folder).free:
         raise ValueError(f"the disk of {folder} has no room for the model")
-    modules = eval_ppl.find_blocks(model).modules()
-    widest = max(getattr(module, "in_features", 0) for module in modules)  # `nn.Linear` only
+    widest = max(  # `nn.Linear` only
+        getattr(module, "in_features", 0) for module in eval_ppl.find_blocks(model).modules()
+    )
     if tokens.numel() < 8 * widest:
         print(
             f"few tokens: {tokens.numel()} for the {widest} input features of the widest layer;",
@@ -953,13 +955,16 @@ def describe_zeros(model: transformers.PreTrainedModel) -> str:
         for name, parameter in eval_ppl.find_blocks(model).named_parameters()
         if parameter.ndim > 1 and "bias" not in name  # the biases of experts are stacked, too
     }
+    # Of a stack, one number for each expert.
+    zeros = {name: (matrix == 0).sum((-2, -1)) for name, matrix in matrices.items()}
     dense = {
         name.partition(".")[2]  # without the number of the block
         for name, matrix in matrices.items()
-        if ((matrix == 0).sum((-2, -1)) < 0.01 * matrix.shape[-2:].numel()).any()
+        if (zeros[name] < 0.01 * matrix.shape[-2:].numel()).any()
     }
-    zeros = sum(int((matrix == 0).sum()) for matrix in matrices.values())
-    share = zeros / sum(matrix.numel() for matrix in matrices.values())
+    share = sum(int(counts.sum()) for counts in zeros.values()) / sum(
+        matrix.numel() for matrix in matrices.values()
+    )
     return (
         f"{share:.2%} of weights are zero (dense in whole or in part: "
         f"{', '.join(sorted(dense)) or 'none'})"
