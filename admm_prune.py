@@ -492,7 +492,7 @@ def prune_block_aware(
     dense_after = [call(before) for before in dense_states]
 
     def prune_rows(r, weight, gram, **arguments):
-        return prune(r * weight, gram, **arguments) / r
+        return prune(r * weight, gram, **arguments).div_(r)  # refuses a result of another shape
 
     results = []
     layers = collect_layers(call, states, leave_out=closing_name)
