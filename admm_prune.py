@@ -558,10 +558,10 @@ def probe_block(
 
         r_i^2 = s_i + mean(s).
 
-    The mean, over the outputs of the layer, draws r towards equal weights, since s is noisy. A
-    method gets r W in place of W, and its result is divided by r. So rows that matter more keep
-    more entries, if the method ranks entries of different rows together. (With a pattern, all rows
-    keep as many, and r acts only on the gradual mask of ADMM.)
+    The mean, over the outputs of the layer, keeps r above 0. A method gets r W in place of W, and
+    its result is divided by r. So rows that matter more keep more entries, if the method ranks
+    entries of different rows together. (With a pattern, all rows keep as many, and r acts only on
+    the gradual mask of ADMM.)
 
     The closing layer is the last layer, in the order of calls, whose gradient is equal to the
     signs. It needs no row weights, since all its outputs move the hidden states alike. The name is
