@@ -507,17 +507,12 @@ def test_routers_stay_dense_unless_options_say_otherwise(kind):
     assert routers and names - {result["name"] for result in default} == routers
 
 
-def test_a_model_in_training_mode_is_set_to_evaluation_mode():
-    model = make_model("gpt2").train()  # with dropout
-    own = pytest.approx(own_perplexity(make_model("gpt2"), make_tokens()), rel=1e-4)
+def test_evaluation_mode_is_set_and_the_loss_is_taken_in_float32():
+    dense = make_model("gpt2").bfloat16()
+    model = copy.deepcopy(dense).train()  # with dropout
+    own = pytest.approx(own_perplexity(dense, make_tokens()), rel=1e-5)
     assert eval_ppl.perplexity(model, make_tokens(), "cpu") == own
-    assert prune_tiny(model.train(), ap.wanda) == prune_tiny(make_model("gpt2"), ap.wanda)
-
-
-def test_the_loss_is_taken_in_float32():
-    model = make_model().bfloat16()
-    own = pytest.approx(own_perplexity(model, make_tokens()), rel=1e-5)
-    assert eval_ppl.perplexity(model, make_tokens(), "cpu") == own
+    assert prune_tiny(model.train(), ap.wanda) == prune_tiny(dense, ap.wanda)
 
 
 def test_perplexity_needs_positions_and_a_vocabulary():
@@ -534,28 +529,34 @@ def readme_snippets():
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
-def test_the_readmes_fine_tuning_keeps_the_zeros(kind):
-    model = make_model(kind)
-    prune_tiny(model)
-    before = ap.describe_zeros(model)
-    masks, removal = readme_snippets()[0].split("# Train the model here.")
-    scope = {"model": model}
-    exec(masks, scope)
-    model(make_tokens(), labels=make_tokens()).loss.backward()
-    torch.optim.SGD(model.parameters(), lr=1.0).step()
-    exec(removal.partition("\n")[2], scope)
-    assert ap.describe_zeros(model) == before
+def test_the_readmes_whole_model_is_pruned_and_keeps_its_zeros_in_fine_tuning(
+    folder, tmp_path, monkeypatch, kind
+):
+    monkeypatch.chdir(tmp_path)
+    make_model(kind).save_pretrained("dense")
+    hf.AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained("dense")
+    whole, fine_tuning, *_ = readme_snippets()
+    whole = whole.replace("facebook/opt-6.7b", "dense").replace("2048", "64")
+    train = (
+        "model(tokens, labels=tokens).loss.backward()\n"
+        "torch.optim.SGD(model.parameters(), lr=1.0).step()\n"
+    )
+    scope = {"torch": torch}
+    exec(whole.replace("c4", f"{folder}/test.txt") + fine_tuning.replace("#", train + "#"), scope)
+    pruned = ap.describe_zeros(eval_ppl.load_model("pruned"))
+    assert ap.describe_zeros(scope["model"]) == pruned
+    assert pruned.startswith(("60.00%", "59.6"))  # a mixture has routers
 
 
 def test_the_readmes_snippets_print_what_they_promise(capsys):
     number = r"\d+\.\d+"
     scope = {}
-    for snippet in readme_snippets()[1:]:
+    for snippet in readme_snippets()[2:]:
         exec(snippet, scope)
         promised = re.findall(number, snippet.split("# prints")[1])
         printed = re.findall(number, capsys.readouterr().out)
         assert list(map(float, printed)) == pytest.approx(list(map(float, promised)), abs=1e-4)
-    assert len(promised) == 9  # of the second snippet
+    assert len(promised) == 11  # of the last snippet
 
 
 # --------------------------------------------------------------------------- block-aware pruning
@@ -1409,11 +1410,12 @@ def test_messages_are_whole_and_say_what_helps(folder, tmp_path, monkeypatch, mo
 def test_tensors_get_back_their_dtypes_or_are_refused(folder, tmp_path, monkeypatch, factor, told):
     # The norms are loaded in float32, and all else in float16. The CPU computes in float32.
     monkeypatch.setattr(hf.LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", {"layernorm"})
-    monkeypatch.setitem(ap.METHODS, "wanda", lambda weight, gram, **_: weight * factor)
+    # As the README adds a method to the command line.
+    monkeypatch.setitem(ap.METHODS, "mine", lambda weight, gram, **_: weight * factor)
     make_model().half().save_pretrained(tmp_path / "model")
     hf.AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
-    arguments = ("--method", "wanda", "--model", tmp_path / "model", "--save", out)
+    arguments = ("--method", "mine", "--model", tmp_path / "model", "--save", out)
     code = run(monkeypatch, folder, *arguments)
     assert (code, out.exists()) == (None, True) if told is None else told in code
     if told is None:

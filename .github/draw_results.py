@@ -1,4 +1,4 @@
-"""Draw results.svg from two tables of the README, so that both say the same.
+"""Draw results.svg from the README's table of results, so that both say the same.
 
 pip install matplotlib==3.11.2    # another version may write another file
 python .github/draw_results.py
@@ -13,52 +13,65 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFo
 HERE = Path(__file__).parent
 # All colours have a contrast of 4.5 to white and to black.
 GREY = "#767676"
-# Head of the column: name on the command line, colour, marker.
+# Head of the column: colour, marker.
 METHODS = {
-    "Wanda": ("wanda", "#1671eb", "s"),
-    "SparseGPT": ("sparsegpt", "#b0539d", "^"),
-    "admm-grad": ("admm-grad", "#1a874b", "o"),
-    "recommended": ("admm-grad\n--block-aware", "#ba5b00", "D"),
+    "Wanda": ("#1671eb", "s"),
+    "SparseGPT": ("#b0539d", "^"),
+    "admm-grad": ("#1a874b", "o"),
+    "recommended": ("#ba5b00", "D"),
 }
 
 
-def read_table(first_head: str) -> list[dict[str, str]]:
-    """Return the rows of the README's table whose first column has this head.
+def read_rows() -> dict[str, dict[str, float]]:
+    """Return the rows of the table that have a name and are of WikiText-2.
 
-    Each is a dict from the heads of the columns to the cells.
+    They are dicts from the heads of the columns to perplexities: the first number of each cell,
+    which is the mean in one such as "42.0 ± 0.6".
     """
     readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index(f"\n| {first_head} |") + 1 :].split("\n\n")[0]
     head, _, *rows = [
-        [cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()
+        [cell.strip(" `†") for cell in line.strip("|").split("|")]
+        for line in readme[readme.index("| setting | text | dense |") :]
+        .split("\n\n")[0]
+        .splitlines()
     ]
-    return [dict(zip(head, row, strict=True)) for row in rows]
+    return {
+        name: {
+            column: float(re.match(r"[\d.]+", cell)[0])
+            for column, cell in zip(head[2:], cells, strict=True)
+            if cell[:1].isdigit()
+        }
+        for name, text, *cells in rows
+        if name and text == "WikiText-2"
+    }
 
 
-def first_number(cell: str) -> float:
-    """Return the perplexity of a cell, or the mean of a cell such as "41.9 (41.8–42.0)"."""
-    return float(re.match(r"[\d.]+", cell)[0])
-
-
-def main() -> None:
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 15})
-    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    # The first row of the first table is of the same model, text and number of sequences.
-    sixty = read_table("model")[0] | {"zeros": "60 %"}
-    fifty, seventy, _ = read_table("zeros")
-    rows = [fifty, sixty, seventy]
-    zeros = [first_number(row["zeros"]) for row in rows]
-    for head, (name, colour, marker) in METHODS.items():
-        perplexities = [first_number(row[head]) for row in rows]
-        axes.plot(zeros, perplexities, marker=marker, color=colour, linewidth=2, markersize=8)
-        axes.text(zeros[-1] + 0.6, perplexities[-1], name, color=colour, va="center")
-    dense = first_number(sixty["dense"])
+def draw(axes: plt.Axes, xlabel: str, xscale: str, rows: dict[int, dict[str, float]]) -> None:
+    """Draw a line for each method through its perplexities. `rows` are named by their x."""
+    last = max(rows)
+    for name, (colour, marker) in METHODS.items():
+        points = [(x, row[name]) for x, row in sorted(rows.items()) if name in row]
+        axes.plot(
+            *zip(*points, strict=True), marker=marker, color=colour, linewidth=2, markersize=8
+        )
+        axes.annotate(
+            name,
+            points[-1],
+            xytext=(9, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+        )
+    dense = rows[last]["dense"]
     axes.axhline(dense, color=GREY, linestyle=":")
-    axes.text(zeros[-1] + 0.6, 1.06 * dense, f"dense: {dense}", color=GREY)
-    axes.set_title("SmolLM2-135M, perplexity on WikiText-2 (lower is better)", color=GREY)
-    axes.set_xlabel("% of zeros", color=GREY)
-    axes.set_xticks(zeros)
-    axes.set_xlim(zeros[0] - 1, zeros[-1] + 7)
+    axes.annotate(
+        f"dense: {dense}", (last, dense), xytext=(9, 4), textcoords="offset points", color=GREY
+    )
+    axes.set_xlabel(xlabel, color=GREY)
+    axes.set_xscale(xscale)
+    axes.set_xticks(sorted(rows))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(FixedLocator([20, 30, 50, 100, 200, 500]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -67,6 +80,22 @@ def main() -> None:
     axes.tick_params(colors=GREY)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
+
+
+def main() -> None:
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 14})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
+    rows = read_rows()
+    main_row = rows["as above"]  # 60 % zeros and 8 sequences
+    zeros = {50: rows["50 % zeros"], 60: main_row, 70: rows["70 % zeros"]}
+    draw(left, "% of zeros, with 8 calibration sequences", "linear", zeros)
+    left.set_xlim(49, 79)
+    sequences = {8: main_row, 32: rows["32 sequences"], 128: rows["128 sequences"]}
+    draw(right, "calibration sequences, with 60 % of zeros", "log", sequences)
+    right.set_xlim(7, 500)
+    figure.suptitle(
+        "Perplexity of SmolLM2-135M-Instruct on WikiText-2 (lower is better)", color=GREY
+    )
     figure.savefig(HERE / "results.svg", transparent=True, metadata={"Date": None})
 
 
