@@ -526,10 +526,10 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
 
         W + E^T X (G + D)^-1
 
-    D is the diagonal matrix of the squared `feature_norms`. It keeps the correction from fitting
-    the calibration tokens too closely. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv
-    2504.09629) and GPTAQ (Li et al., ICML 2025) correct all layers by such a formula, for the
-    errors of their own outputs and for quantisation.
+    D is the diagonal matrix of the squared `feature_norms`. It bounds the weights of features that
+    are hardly ever active. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et
+    al., ICML 2025) correct all layers by such a formula, for the errors of their own outputs and
+    for quantisation.
 
     Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, all of one
         float dtype.
