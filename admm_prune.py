@@ -86,8 +86,8 @@ def prune_weight(
     # entries of W0 = W d by magnitude, which is Wanda's score.
     d = feature_norms(gram)  # (in,)
     A = (gram / d).div_(d[:, None])  # (in, in)
-    # In the paper, this diagonal is 1 for active features and 0 for others, and damping times
-    # its mean is added. Here, all features have the same, also those at the floor of d.
+    # In the paper, this diagonal is 1 for active features and 0 for others, and damping times the
+    # diagonal's mean is added. Here, all features have the same, also those at the floor of d.
     active_share = float((gram.diagonal() > 0).float().mean())
     A.fill_diagonal_(1 + damping * active_share)
     L = torch.linalg.cholesky(A.diagonal_scatter(A.diagonal() + rho))  # A + rho I = L L^T
@@ -177,8 +177,7 @@ def sparsegpt(
 
     As in the released code, 1 % of the mean diagonal is added to the diagonal of the Gram matrix,
     the mask is selected for 128 columns at a time, or for one group of a pattern, and features that
-    were never active lose all their weights, even beyond the sparsity asked for. (There, these
-    features count as 1 in the mean, and here as 0.)
+    were never active lose all their weights, even beyond the sparsity asked for.
     """
     select_mask(weight[:1], sparsity, pattern)  # raises a ValueError if these are invalid
     W = weight.float().clone()  # (out, in)
@@ -301,7 +300,7 @@ def prune_model(
     check_prunable(model, tokens)
     device = eval_ppl.select_device(device)
     model.cpu().eval()
-    # Fused kernels would hide the products of experts from `ProductRecorder`.
+    # Fused kernels would hide the products of experts.
     model.set_experts_implementation("eager")
     # The calls of the blocks, checked to give the model's own hidden states.
     calls = checked_calls(model, tokens, device)
@@ -335,7 +334,7 @@ class Product:
 
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # The output in autograd's graph, for `probe_block`. None: no gradient, or a part of an expert.
+    # The output in autograd's graph, in the probe. None for parts of experts, and outside of it.
     edge: torch.autograd.graph.GradientEdge | None
 
 
@@ -492,7 +491,7 @@ def prune_block_aware(
     dense_after = [call(before) for before in dense_states]
 
     def prune_rows(r, weight, gram, **arguments):
-        return prune(r * weight, gram, **arguments).div_(r)  # refuses a result of another shape
+        return prune(r * weight, gram, **arguments).div_(r)  # `/` would broadcast another shape
 
     results = []
     layers = collect_layers(call, states, leave_out=closing_name)
@@ -526,10 +525,10 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
 
         W + E^T X (G + D)^-1
 
-    D is the diagonal matrix of the squared `feature_norms`. It bounds the weights of features that
-    are hardly ever active. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et
-    al., ICML 2025) correct all layers by such a formula, for the errors of their own outputs and
-    for quantisation.
+    D is the diagonal of G, with the floor of `feature_norms`. It bounds the weights of features
+    that are hardly ever active. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ
+    (Li et al., ICML 2025) correct all layers by such a formula, for the errors of their own outputs
+    and for quantisation.
 
     Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, all of one
         float dtype.
@@ -710,8 +709,7 @@ def embed(
     def stop(block, args):
         # Block-aware pruning has three sets of hidden states at once. They may take a third of the
         # memory; the rest is for a block and its solver.
-        fits = 3 * len(tokens) * args[0].nbytes <= free / 3
-        states.append(args[0] if fits else args[0].cpu())
+        states.append(args[0] if 3 * len(tokens) * args[0].nbytes <= free / 3 else args[0].cpu())
         raise StopForward
 
     with (
@@ -849,9 +847,9 @@ def calibration_tokens(
 def prune_and_save(args: argparse.Namespace) -> None:
     """Prune the model of the command line, and save it in a new folder.
 
-    The tokenizer and the configuration are saved before a layer is pruned, so that what fails there
-    costs no work. model.safetensors, or its index, appears only once all weights are written, so
-    that a folder that can be loaded has the whole model.
+    Tokenizer and configurations are saved before a layer is pruned, so that what fails there costs
+    no work. model.safetensors, or its index, appears only once all weights are written, so that a
+    folder that can be loaded has the whole model.
     """
     method = f"{args.method}-block-aware" if args.block_aware else args.method
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
@@ -902,6 +900,7 @@ def load_and_prune(
         )
     model = eval_ppl.load_model(args.model, args.dtype)
     model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)  # some transformers refuse those of old models
     if sum(p.nbytes for p in model.parameters()) > shutil.disk_usage(folder).free:
         raise ValueError(f"the disk of {folder} has no room for the model")
     widest = max(  # `nn.Linear` only

@@ -1395,6 +1395,7 @@ def test_a_killed_run_leaves_no_model_and_the_next_one_says_so(
         (eval_ppl, "load_model", ImportError("needs tiktoken:\npip install tiktoken")),
         (ap, "prune_model", torch.linalg.LinAlgError("not positive-definite")),
         (hf.PreTrainedTokenizerFast, "save_pretrained", OSError("disk quota exceeded")),
+        (hf.GenerationConfig, "save_pretrained", ValueError("`temperature` without `do_sample`")),
     ],
 )
 def test_messages_are_whole_and_say_what_helps(folder, tmp_path, monkeypatch, module, name, error):
