@@ -19,7 +19,7 @@
 # tokens) of the topics of Python's help(). With 128 sequences, many overlap. Test texts are
 # WikiText-2's raw test split, the second half of these topics, and _pydecimal.py.
 set -euo pipefail
-export OMP_NUM_THREADS=1  # for the same rounding
+export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # for the same rounding
 cd "$(dirname "$0")/.."
 model=$1 nsamples=$2
 shift 2
