@@ -30,7 +30,7 @@ def read_rows() -> dict[str, dict[str, float]]:
     """
     readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
     head, _, *rows = [
-        [cell.strip(" `†") for cell in line.strip("|").split("|")]
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
         for line in readme[readme.index("| setting | text | dense |") :]
         .split("\n\n")[0]
         .splitlines()
