@@ -11,9 +11,9 @@
 # The arguments are the model, the number of calibration sequences, and further ones of
 # admm_prune.py, with paths from the folder of the project. With PART=rows, --block-aware has only
 # its row weights (the closing layer is pruned with the others), with PART=correction, only its
-# correction, and with PART=plain_rows, row weights without the mean. Needed are what the README's
-# first commands install, the hub for WikiText-2, Python 3.11.7 for the same texts, and unzip for
-# Qwen.
+# correction, with PART=plain_rows, row weights without the mean, and with PART=small_ridge, a tenth
+# of the ridge. Needed are what the README's first commands install, the hub for WikiText-2, Python
+# 3.11.7 for the same texts, and unzip for Qwen.
 #
 # Calibration text is WikiText-2's validation split, with <unk> deleted, and the first half (45,660
 # tokens) of the topics of Python's help(). With 128 sequences, many overlap. Test texts are
@@ -48,6 +48,8 @@ out=$(mktemp -d -p . pruned-XXXX)/model
 python - --model "$model" --calibration wiki.txt help --nsamples "$nsamples" --save "$out" "$@" <<'EOF'
 import os
 
+import torch
+
 import admm_prune
 
 probe = admm_prune.probe_block
@@ -59,12 +61,22 @@ def probe_without_mean(*args):
     return {name: x.clamp(min=1e-6 * float(x.mean())).sqrt() for name, x in s.items()}, closing_name
 
 
+def correct_with_small_ridge(weight, gram, EtX):
+    diagonal = gram.diagonal() + 0.1 * admm_prune.feature_norms(gram) ** 2
+    L = torch.linalg.cholesky(gram.diagonal_scatter(diagonal))
+    return weight + EtX @ torch.cholesky_inverse(L)
+
+
+part = os.environ.get("PART", "both")
+if part == "small_ridge":
+    admm_prune.correct_weight = correct_with_small_ridge
 admm_prune.probe_block = {
     "both": probe,
+    "small_ridge": probe,
     "rows": lambda *args: (probe(*args)[0], None),  # no closing layer
     "correction": lambda *args: ({}, probe(*args)[1]),  # no row weights
     "plain_rows": probe_without_mean,
-}[os.environ.get("PART", "both")]
+}[part]
 admm_prune.main()
 EOF
 for text in wikitext2 help "$(python -c 'import _pydecimal; print(_pydecimal.__file__)')"; do
