@@ -334,7 +334,7 @@ class Product:
 
     weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # The output in autograd's graph, in the probe. None for parts of experts, and outside of it.
+    # For the probe, the output in autograd's graph. None elsewhere, and for parts of experts.
     edge: torch.autograd.graph.GradientEdge | None
 
 
@@ -900,7 +900,7 @@ def load_and_prune(
         )
     model = eval_ppl.load_model(args.model, args.dtype)
     model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)  # some transformers refuse those of old models
+    model.generation_config.save_pretrained(folder)  # transformers 5.0 refuses some
     if sum(p.nbytes for p in model.parameters()) > shutil.disk_usage(folder).free:
         raise ValueError(f"the disk of {folder} has no room for the model")
     widest = max(  # `nn.Linear` only
