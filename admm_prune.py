@@ -14,15 +14,18 @@ The default is the algorithm of "Fast and Effective Weight Update for Pruned Lar
 our extension, for any method. Its section can be skipped on a first reading.
 
 The file is meant to be read from top to bottom. The solver comes first; it needs torch alone and is
-made to be copied. The baselines follow, and `prune_model`, the loop over the decoder blocks. Then
-come block-aware pruning, and the machinery: how the inputs of layers are recorded, blocks called
-one by one, the calibration text and the command line. eval_ppl.py measures perplexity, and has what
-both programs need.
+made to be copied. The baselines follow, and `prune_model`, the loop over the decoder blocks, with
+what it calls for each layer. Then come block-aware pruning, and the machinery: how the inputs of
+layers are recorded, blocks called one by one, the calibration text and the command line.
+eval_ppl.py measures perplexity; both programs load models and texts with its functions.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import random
+import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -46,7 +49,7 @@ import eval_ppl
 def prune_weight(
     weight: Tensor, gram: Tensor, sparsity: float = 0.5, pattern: tuple[int, int] | None = None, *,
     mask: Tensor | None = None, damping: float = 0.1, rho: float = 1.0, growing_steps: int = 15,
-    moving_steps: int = 0, frozen_steps: int = 5,
+    frozen_steps: int = 5,
 ) -> Tensor:  # fmt: skip
     """Return a weight pruned with ADMM and gradual mask selection (paper, sections 3 and 4).
 
@@ -59,38 +62,27 @@ def prune_weight(
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and all steps then only optimise the values of these entries.
-        damping: the diagonal of the scaled Gram matrix is 1 + damping * (share of features that
-            are ever active); at least 0.
+        damping: added to the diagonal of the scaled Gram matrix, relative to its mean; at least 0.
         rho: ADMM's penalty, for features that are scaled to norm 1; above 0.
         growing_steps: steps in which the share of zeros grows to its final value; at least 1.
-        moving_steps: further steps in which the mask is still selected anew.
-        frozen_steps: last steps, in which the mask stays the same. The author's code without N:M
-            has 1, 14 and 5 of these steps.
+        frozen_steps: last steps, in which the mask stays the same.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
-    Raises: ValueError if an argument is invalid.
+    Raises: ValueError if shapes do not fit, or if sparsity or pattern is invalid.
     """
     if gram.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"gram is {tuple(gram.shape)}, but in_features is {weight.shape[1]}")
     if mask is not None and mask.shape != weight.shape:
         raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
-    if (
-        not weight.is_floating_point()
-        or min(rho, growing_steps) <= 0
-        or min(damping, moving_steps, frozen_steps) < 0
-    ):
-        raise ValueError("needed: float weight, rho and growing_steps > 0, damping and steps >= 0")
     gram = gram.float()
-    # Feature j is divided by d_j, its norm with a floor, so that one rho suits all features. Column
-    # j of W is multiplied by it, so that the outputs stay the same. The first mask ranks the
-    # entries of W0 = W d by magnitude, which is Wanda's score.
+    # Feature j is divided by its norm d_j, so that one rho suits all features. Column j of W is
+    # multiplied by d_j, so that the outputs stay the same. The first mask ranks the entries of
+    # W0 = W d by magnitude, which is Wanda's score.
     d = feature_norms(gram)  # (in,)
     A = (gram / d).div_(d[:, None])  # (in, in)
-    # In the paper, this diagonal is 1 for active features and 0 for others, and damping times the
-    # diagonal's mean is added. Here, all features have the same, also those at the floor of d.
-    active_share = float((gram.diagonal() > 0).float().mean())
-    A.fill_diagonal_(1 + damping * active_share)
-    L = torch.linalg.cholesky(A.diagonal_scatter(A.diagonal() + rho))  # A + rho I = L L^T
+    A.diagonal().add_(damping * A.diagonal().mean())
+    A.diagonal().add_(rho)  # only A + rho I is needed
+    L = torch.linalg.cholesky(A)  # A + rho I = L L^T
     del A  # as large as G
     R = torch.cholesky_inverse(L).mul_(rho)  # rho (A + rho I)^-1
     del L
@@ -101,34 +93,35 @@ def prune_weight(
     #
     # Z, the matrix with the required zeros that is nearest to V + U;
     # U, which becomes 0 where an entry is kept, and grows by V where it is pruned. So it pushes the
-    #     pruned entries of V towards 0, harder with each step until they are there;
+    #     pruned entries of V towards 0, harder with each step;
     # V, which minimises tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2. The paper has
     #     V = (W0 A + rho (Z - U)) (A + rho I)^-1. With W0 A = W0 (A + rho I) - rho W0, this is
     #     W0 + (Z - U - W0) R.
     V = W0
     U = torch.zeros_like(W0)
     kept = mask
-    for step in range(1, growing_steps + moving_steps + frozen_steps + 1):
-        if mask is None and step <= growing_steps + moving_steps:
-            progress = 1 - (1 - min(step / growing_steps, 1)) ** 3  # paper, section 4
-            kept = select_mask(V + U, sparsity, pattern, progress)
-        Z = torch.where(kept, V + U, 0)
-        U = U + V - Z
-        # On a GPU, TF32 is much faster than float32, and its 11 bits change the error of a layer by
-        # less than 0.5 %. For a torch before 2.9, leave out the `with`.
+    for step in range(1, growing_steps + frozen_steps + 1):
+        U += V
+        if mask is None and step <= growing_steps:
+            progress = 1 - (1 - step / growing_steps) ** 3  # paper, section 4
+            kept = select_mask(U, sparsity, pattern, progress)
+        Z = torch.where(kept, U, 0)
+        U -= Z
+        # On a GPU, TF32 is faster than float32. Its 11 bits change the error of a layer by less
+        # than 0.5 %. For a torch before 2.9, leave out the `with`.
         with torch.backends.flags(fp32_precision="tf32"):
             V = W0 + (Z - U - W0) @ R
     return (torch.where(kept, V, 0) / d).to(weight.dtype)
 
 
 def feature_norms(gram: Tensor) -> Tensor:
-    """Return the norms of the input features, (in_features,), each at least 1 % of their mean.
+    """Return the norms of the input features, (in_features,), each at least 3 % of their mean.
 
-    This floor is ours. The pruned weight is divided by these norms, so that with N:M, the weights
-    of features that are hardly ever active could become huge without it.
+    The floor is our difference from the paper. The pruned weight is divided by these norms, so that
+    with N:M, the weights of features that are hardly ever active could become huge without it.
     """
     norms = gram.diagonal().sqrt()
-    return norms.clamp(min=0.01 * float(norms.mean()) + 1e-12)  # 1e-12: all of them may be 0
+    return norms.clamp(min=0.03 * float(norms.mean()) + 1e-12)  # 1e-12: all of them may be 0
 
 
 def select_mask(
@@ -273,9 +266,10 @@ def prune_model(
         prune_model(model, tokens, partial(sparsegpt, sparsity=0.6))
 
     By default, the layers of a block are pruned for the inputs that they have once the blocks
-    before it are pruned, while their own block is still dense. Besides layers that `options` leaves
-    dense, experts that no token reaches stay dense, and weights that a block does not multiply as a
-    whole with `linear`, `matmul` or `addmm`, such as convolutions.
+    before it are pruned, while their own block is still dense.
+
+    These stay dense: layers that `options` leaves dense, experts that no token reaches, and weights
+    that a block does not multiply by `linear`, `matmul` or `addmm`, such as those of convolutions.
 
     Args:
         model: a Hugging Face decoder-only model. It is moved to the host and set to evaluation
@@ -300,12 +294,12 @@ def prune_model(
     check_prunable(model, tokens)
     device = eval_ppl.select_device(device)
     model.cpu().eval()
-    # Fused kernels would hide the products of experts.
+    # The inputs of experts cannot be recorded inside of fused kernels.
     model.set_experts_implementation("eager")
-    # The calls of the blocks, checked to give the model's own hidden states.
-    calls = checked_calls(model, tokens, device)
+    # How the model calls each block, and a check that a block called alone computes the same.
+    calls = record_and_check_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
-    states = embed(model, tokens, device)
+    states = states_before_blocks(model, tokens, device)
     dense_states = states if block_aware else None  # those in the dense model
     results = []
     for call in tqdm(calls, "pruning blocks"):
@@ -321,66 +315,28 @@ def prune_model(
                 for name in list(layers):
                     # `pop`, so that the sums of a layer are freed before the next one is pruned.
                     results += prune_layer(call.index, name, layers.pop(name), prune, options)
-            states = [call(before) for before in states]  # through the pruned block
+            states = [call(before).to(before.device) for before in states]  # with pruned weights
             call.block.cpu()
     if not results:
         raise ValueError(f"no layer of {type(model).__name__} was pruned")
     return results
 
 
-@dataclass
-class Product:
-    """A product X W^T within a block."""
-
-    weight: Tensor  # W, view of the weight in the model, (out_features, in_features)
-    X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # For the probe, the output in autograd's graph. None elsewhere, and for parts of experts.
-    edge: torch.autograd.graph.GradientEdge | None
-
-
-@dataclass
-class BlockCall:
-    """A decoder block, and what the model hands to it besides the hidden states, such as masks.
-
-    These arguments are those for the first sequence, and serve for all.
-    """
-
-    index: int  # of the block
-    block: nn.Module
-    args: tuple  # positional arguments after the hidden states
-    kwargs: dict
-
-    def __call__(self, before: Tensor) -> Tensor:
-        """Return the hidden states of one sequence after the block, given those before it.
-
-        Both are (1, seqlen, hidden_size), and lie on the same device, that of the block or another.
-        """
-        # A copy, since a block may change its input in place.
-        states = before.to(next(self.block.parameters()).device, copy=True)
-        return states_of(self.block(states, *self.args, **self.kwargs)).to(before.device)
-
-    def record(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
-        """Return the states after the block, on its device, and its products by name of layer."""
-        with ProductRecorder(self.block) as recorder:
-            return self(before.to(next(self.block.parameters()).device)), recorder.products
-
-
-@dataclass
 class Layer:
     """A linear layer, or one matrix of an expert, with sums over its calibration tokens."""
 
-    weight: Tensor | None = None  # set by `add`: view of W in the model, (out, in)
-    num_tokens: int = 0
-    gram: Tensor | float = 0.0  # X^T X, (in, in) float32
+    def __init__(self, weight: Tensor):
+        in_features = weight.shape[1]
+        self.weight = weight  # W, a view of the weight in the model, (out_features, in_features)
+        self.num_tokens = 0
+        self.gram = torch.zeros(in_features, in_features, device=weight.device)  # X^T X
 
-    def add(self, product: Product) -> None:
-        """Add the inputs X of a product to the sums."""
-        self.weight = product.weight
-        self.num_tokens += len(product.X)
-        # TF32 keeps 11 bits, all that inputs of 16 bits have, and is eight times as fast as float32
-        # on an A100.
+    def add(self, X: Tensor) -> None:
+        """Add inputs X, (tokens, in_features) float32, to the sums."""
+        self.num_tokens += len(X)
+        # TF32 keeps 11 bits, all that inputs of 16 bits have.
         with torch.backends.flags(fp32_precision="tf32"):
-            self.gram += product.X.T @ product.X
+            self.gram.addmm_(X.T, X)
 
 
 def collect_layers(
@@ -391,19 +347,27 @@ def collect_layers(
     `states` are the hidden states of each sequence before the block. `leave_out` is the name of a
     layer to skip.
     """
-    layers = defaultdict(Layer)
+    layers = {}
     for before in states:
         _, products = call.record(before)
+        products.pop(leave_out, None)
         for name in list(products):
-            if name != leave_out:
-                layers[name].add(products.pop(name))  # frees the copy of X
+            product = products.pop(name)  # with inputs X, which are freed before the next ones
+            if name not in layers:
+                layers[name] = Layer(product.weight)
+            layers[name].add(product.X)
     return layers
 
 
 def prune_layer(
-    block: int, name: str, layer: Layer, prune: Callable, options: Callable
-) -> list[dict]:
-    """Prune a layer in place. Return one result of `prune_model`, or none if it stays dense."""
+    block: int, name: str, layer: Layer, prune: Callable, options: Callable,
+    row_scales: Tensor | float = 1.0,
+) -> list[dict]:  # fmt: skip
+    """Prune a layer in place. Return one result of `prune_model`, or none if it stays dense.
+
+    `row_scales`, (out_features, 1), multiply the rows of the weight that `prune` gets. Those of its
+    result are divided by them.
+    """
     arguments = options(block, name)
     if arguments is None:
         return []
@@ -413,13 +377,14 @@ def prune_layer(
         # A copy, which the method may change, contiguous also where the model has the weight
         # transposed.
         weight = layer.weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        weight *= row_scales
         pruned = prune(weight, layer.gram, **arguments)
         if pruned.shape != layer.weight.shape or not pruned.is_floating_point():
             raise ValueError(
                 f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
                 f"but the weight is {tuple(layer.weight.shape)} torch.float32"
             )
-        pruned = pruned.to(layer.weight.dtype)
+        pruned = (pruned / row_scales).to(layer.weight.dtype)
         if not pruned.isfinite().all():
             raise ValueError(f"the pruned weights are NaN or overflow {pruned.dtype}")
         error = measure_error(layer.weight, pruned, layer.gram)
@@ -436,34 +401,6 @@ def prune_layer(
     ]
 
 
-def check_prunable(model: transformers.PreTrainedModel, tokens: Tensor) -> None:
-    """Raise a ValueError if `prune_model` cannot take the model or the tokens."""
-    weights = [p for p in eval_ppl.find_blocks(model).parameters() if p.ndim > 1]
-    uses = Counter(tensor.data_ptr() for tensor in model.state_dict().values())
-    problems = {
-        "the model has an encoder: take a decoder-only model": model.config.is_encoder_decoder,
-        "the model has quantised weights: load its full weights": (
-            getattr(model.config, "quantization_config", None) is not None
-        ),
-        "the model has LoRA adapters: merge them into its weights": any(
-            "lora_" in name for name in model.state_dict()
-        ),
-        "the model lies on several devices: load it without device_map": (
-            len(set(getattr(model, "hf_device_map", {}).values())) > 1
-        ),
-        "the model uses a weight of a block in several places: give each place its own": any(
-            uses[weight.data_ptr()] > 1 for weight in weights
-        ),
-        f"tokens must be (sequences, seqlen), not empty, got {tuple(tokens.shape)}": (
-            tokens.ndim != 2 or tokens.numel() == 0
-        ),
-    }
-    for problem, applies in problems.items():
-        if applies:
-            raise ValueError(problem)
-    eval_ppl.check_fits(model.config, tokens.shape[1], int(tokens.max()))
-
-
 # --------------------------------------------------------------------------- block-aware pruning
 
 
@@ -471,43 +408,43 @@ def prune_block_aware(
     call: BlockCall, states: list[Tensor], dense_states: list[Tensor], prune: Callable,
     options: Callable,
 ) -> tuple[list[dict], list[Tensor]]:  # fmt: skip
-    """Prune the layers of a block with a view to the hidden states after it. This is ours.
+    """Prune the layers of a block so that the hidden states after it change little. This is ours.
 
     The *closing layer* of a block is the layer whose output the block adds, unchanged, to the
     hidden states at its end, "mlp.down_proj" in a LLaMA. The other layers are pruned first, each
-    row weighted by how far it moves the hidden states after the block (`probe_block`). Then the
-    closing layer is corrected for what the hidden states lack by then, compared with the dense
-    model (`correct_weight`), and pruned.
+    row scaled by how far it moves the hidden states after the block (`probe_block`). The hidden
+    states then differ from those of the dense model. The closing layer is corrected for this
+    difference (`correct_weight`), and pruned.
 
     There is no closing layer where a norm or a multiplier stands behind the last layer, as in Gemma
-    3, or where experts close the block, as in Mixtral. Stacked experts have no row weights, since
+    3, or where experts close the block, as in Mixtral. Stacked experts have no row scales, since
     each gets only some of the tokens.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
-    model that is being pruned and in the dense model. Return what became of each layer, and the
+    model that is being pruned and in the dense model. Return the results of `prune_layer`, and the
     hidden states of the dense model after the block.
     """
-    row_weights, closing_name = probe_block(call, dense_states)
-    dense_after = [call(before) for before in dense_states]
-
-    def prune_rows(r, weight, gram, **arguments):
-        return prune(r * weight, gram, **arguments).div_(r)  # `/` would broadcast another shape
-
+    row_scales, closing_name = probe_block(call, dense_states)
+    dense_after = [call(before).to(before.device) for before in dense_states]
     results = []
     layers = collect_layers(call, states, leave_out=closing_name)
     for name in list(layers):
-        method = partial(prune_rows, row_weights.get(name, 1.0))  # 1.0: no row weights
-        results += prune_layer(call.index, name, layers.pop(name), method, options)
+        results += prune_layer(
+            call.index, name, layers.pop(name), prune, options, row_scales.get(name, 1.0)
+        )
     if closing_name is not None:
-        closing_layer = Layer()
-        EtX = 0.0  # E^T X, (out, in) float32, over all sequences
-        for before, wanted in zip(states, dense_after, strict=True):
+        closing_layer = None
+        for before, target in zip(states, dense_after, strict=True):
             after, products = call.record(before)  # the closing layer is still dense
-            E = (wanted.to(after.device).float() - after.float()).flatten(0, -2)
-            closing_layer.add(products[closing_name])
+            product = products.pop(closing_name)
+            products.clear()  # frees all other X
+            if closing_layer is None:
+                closing_layer = Layer(product.weight)
+                EtX = torch.zeros_like(product.weight, dtype=torch.float32)  # E^T X, (out, in)
+            closing_layer.add(product.X)
+            E = (target.to(after.device).float() - after.float()).flatten(0, -2)
             with torch.backends.flags(fp32_precision="tf32"):  # rounds E to 11 bits
-                EtX += E.T @ products[closing_name].X
-            del products  # frees the copies of all X
+                EtX.addmm_(E.T, product.X)
 
         def prune_corrected(weight, gram, **arguments):
             return prune(correct_weight(weight, gram, EtX), gram, **arguments)
@@ -518,31 +455,30 @@ def prune_block_aware(
 
 @torch.no_grad()
 def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
-    """Return W changed so that its output X W^T makes up for a part of what is lacking.
+    """Return W changed so that its output X W^T makes up for a part of an error E.
 
-    E, (tokens, out_features), is what is lacking at each output. A ridge regression of E on X is
-    added to W:
+    E, (tokens, out_features), is what each output lacks. A ridge regression of E on X is added:
 
-        W + E^T X (G + D)^-1
+        W + E^T X (G + diag(d^2))^-1
 
-    D is the diagonal of G, with the floor of `feature_norms`. It bounds the weights of features
-    that are hardly ever active. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ
-    (Li et al., ICML 2025) correct all layers by such a formula, for the errors of their own outputs
-    and for quantisation.
+    Since d are the norms of the features (`feature_norms`), the ridge is as large as the diagonal
+    of G itself. A tenth of it is worse (README). QEP (Arai and Ichikawa, NeurIPS 2025, arXiv
+    2504.09629) and GPTAQ (Li et al., ICML 2025) correct all layers by such a formula, for the
+    errors of their own outputs and for quantisation.
 
     Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, all of one
         float dtype.
     """
-    diagonal = gram.diagonal() + feature_norms(gram) ** 2
-    L = torch.linalg.cholesky(gram.diagonal_scatter(diagonal))  # G + D = L L^T
-    return weight + EtX @ torch.cholesky_inverse(L)
+    d = feature_norms(gram)
+    L = torch.linalg.cholesky(gram.diagonal_scatter(gram.diagonal() + d**2))  # of G + diag(d^2)
+    return weight + torch.cholesky_solve(EtX.T, L).T
 
 
 @eval_ppl.note("in the probe, a backward pass through the block")
 def probe_block(
     call: BlockCall, dense_states: list[Tensor]
 ) -> tuple[dict[str, Tensor], str | None]:
-    """Return the row weights of the layers of a dense block, and the name of its closing layer.
+    """Return the row scales of the layers of a dense block, and the name of its closing layer.
 
     The probe is a backward pass through the block. It starts from random signs z_k, 1 or -1, one at
     each entry h_k of the hidden states after the block, in place of the gradient of a loss. So the
@@ -553,17 +489,17 @@ def probe_block(
 
     which says how far an error at y moves the hidden states after the block.
 
-    For the row weights r, (out_features, 1), let s_i be the sum of g^2 at output i over all tokens:
+    For the row scales r, (out_features, 1), let s_i be the sum of g^2 at output i over all tokens:
 
         r_i^2 = s_i + mean(s).
 
     The mean, over the outputs of the layer, keeps r above 0. A method gets r W in place of W, and
     its result is divided by r. So rows that matter more keep more entries, if the method ranks
-    entries of different rows together. (With a pattern, all rows keep as many, and r acts only on
-    the gradual mask of ADMM.)
+    entries of different rows together. With a pattern, all rows keep equally many, and r only
+    changes the order in which ADMM prunes them.
 
     The closing layer is the last layer, in the order of calls, whose gradient is equal to the
-    signs. It needs no row weights, since all its outputs move the hidden states alike. The name is
+    signs. It needs no row scales, since all its outputs move the hidden states alike. The name is
     None if there is none.
 
     `dense_states` are the hidden states of the dense model before the block. The first 8 of them
@@ -591,16 +527,25 @@ def probe_block(
                 sums[name] += g.square().sum(0)
                 if torch.equal(g, signs[0].float()):  # the block adds this output as it is
                     closing_name = name  # the last such layer stays
-    row_weights = {
+    row_scales = {
         name: (s + s.mean()).sqrt()[:, None]
         for name, s in sums.items()
         # s is 0 if a layer does not move the hidden states, such as Doge's dt_proj before training.
         if name != closing_name and s.any()
     }
-    return row_weights, closing_name
+    return row_scales, closing_name
 
 
 # -------------------------------------------------------------------------- inputs of the layers
+
+
+@dataclass
+class Product:
+    """A product X W^T within a block."""
+
+    weight: Tensor  # W, a view of the weight in the model, (out_features, in_features)
+    X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
+    edge: torch.autograd.graph.GradientEdge | None  # of the output; for the probe, None elsewhere
 
 
 class ProductRecorder(torch.overrides.TorchFunctionMode):
@@ -627,9 +572,8 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
             ):
                 self.names[module.weight.data_ptr(), module.weight.numel()] = (name, False)
         for name, parameter in block.named_parameters():
-            # By this heuristic, a parameter of three dimensions, none of them 1, is a stack of
-            # experts. Mamba's depthwise convolution is (channels, 1, width).
-            if parameter.ndim == 3 and min(parameter.shape) > 1:
+            # By this heuristic, a parameter of three dimensions is a stack of experts.
+            if parameter.ndim == 3:
                 for index, expert in enumerate(parameter):
                     self.names[expert.data_ptr(), expert.numel()] = (f"{name}.{index}", True)
 
@@ -690,26 +634,78 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
 # ---------------------------------------------------------------------------- calls of the blocks
 
 
+@dataclass
+class BlockCall:
+    """A decoder block, and what the model hands to it besides the hidden states, such as masks.
+
+    These arguments are those for the first sequence, and serve for all.
+    """
+
+    index: int  # of the block
+    block: nn.Module
+    args: tuple  # positional arguments after the hidden states
+    kwargs: dict
+
+    def __call__(self, before: Tensor) -> Tensor:
+        """Return the hidden states of one sequence after the block, on the device of the block.
+
+        `before` are those before it, (1, seqlen, hidden_size), on any device.
+        """
+        # A copy, since a block may change its input in place.
+        states = before.to(next(self.block.parameters()).device, copy=True)
+        return states_of(self.block(states, *self.args, **self.kwargs))
+
+    def record(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
+        """Return the hidden states after the block, and its products by name of layer."""
+        with ProductRecorder(self.block) as recorder:
+            return self(before), recorder.products
+
+
 def states_of(output: Tensor | tuple) -> Tensor:
     """Return the hidden states in the output of a block."""
     return output if isinstance(output, Tensor) else output[0]
+
+
+def check_prunable(model: transformers.PreTrainedModel, tokens: Tensor) -> None:
+    """Raise a ValueError if `prune_model` cannot take the model or the tokens."""
+    if model.config.is_encoder_decoder:
+        raise ValueError("the model has an encoder: take a decoder-only model")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("the model has quantised weights: load its full weights")
+    if any("lora_" in name for name in model.state_dict()):
+        raise ValueError("the model has LoRA adapters: merge them into its weights")
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise ValueError("the model lies on several devices: load it without device_map")
+    uses = Counter(tensor.data_ptr() for tensor in model.state_dict().values())
+    weights = [p for p in eval_ppl.find_blocks(model).parameters() if p.ndim > 1]
+    if any(uses[weight.data_ptr()] > 1 for weight in weights):
+        raise ValueError(
+            "the model uses a weight of a block in several places: give each place its own"
+        )
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(
+            f"tokens must be (sequences, seqlen), not empty, got {tuple(tokens.shape)}"
+        )
+    eval_ppl.check_fits(model.config, tokens.shape[1], int(tokens.max()))
 
 
 class StopForward(Exception):
     """Ends the forward of a model before its first block."""
 
 
-def embed(
+def states_before_blocks(
     model: transformers.PreTrainedModel, tokens: Tensor, device: torch.device
 ) -> list[Tensor]:
     """Return the hidden states of each sequence before block 0, on the device or on the host."""
     states = []
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0  # bytes
+    # Block-aware pruning has three sets of hidden states at once. They stay on a GPU if they fit in
+    # a third of its free memory; the rest is for a block and its solver.
+    room_for_a_set = free / 3 / 3
 
     def stop(block, args):
-        # Block-aware pruning has three sets of hidden states at once. They may take a third of the
-        # memory; the rest is for a block and its solver.
-        states.append(args[0] if 3 * len(tokens) * args[0].nbytes <= free / 3 else args[0].cpu())
+        on_device = len(tokens) * args[0].nbytes <= room_for_a_set
+        states.append(args[0] if on_device else args[0].cpu())
         raise StopForward
 
     with (
@@ -735,7 +731,7 @@ def record_calls(
     blocks = list(eval_ppl.find_blocks(model))
     calls = []
     # Those before block 0. `keep` is called too late for them: a block may change its input.
-    states = embed(model, ids, device)
+    states = states_before_blocks(model, ids, device)
 
     def keep(block, args, kwargs, output):
         calls.append(BlockCall(len(calls), block, args[1:], kwargs))
@@ -754,7 +750,7 @@ def record_calls(
     return calls, states
 
 
-def checked_calls(
+def record_and_check_calls(
     model: transformers.PreTrainedModel, tokens: Tensor, device: torch.device
 ) -> list[BlockCall]:
     """Return the calls of all blocks for the first sequence.
@@ -769,9 +765,8 @@ def checked_calls(
     # On a CPU, the difference is 0. The tolerance is for other orders of sums, as on a GPU.
     tolerance = 5e-3 if model.dtype in (torch.float16, torch.bfloat16) else 5e-5
     for call in tqdm(calls, "checking blocks"):
-        # As in pruning, both sequences go through a block before the next one. If the block leaves
-        # data in an attribute for a later one, the second sequence overwrites those of the first,
-        # and the check fails.
+        # As in pruning, both sequences go through a block before the next one. This exposes data
+        # that a block leaves in an attribute for a later one.
         with (
             eval_ppl.note(f"while checking block {call.index}"),
             eval_ppl.moved(eval_ppl.tensors_of(call.block), device),
@@ -780,12 +775,10 @@ def checked_calls(
             after = [
                 call.record(states[call.index])[0].cpu() for states in (first_states, second_states)
             ]
-        own = torch.cat([first_states[call.index + 1], second_states[call.index + 1]]).float()
-        if not own.isfinite().all():
-            raise ValueError(f"the hidden states after block {call.index} are NaN or infinite")
+        expected = torch.cat([first_states[call.index + 1], second_states[call.index + 1]]).float()
         # Relative to each token, since some have hidden states hundreds of times larger.
-        distances = (torch.cat(after).float() - own).norm(dim=-1)  # (2, seqlen)
-        difference = float((distances / own.norm(dim=-1).clamp(min=1e-30)).mean())
+        distances = (torch.cat(after).float() - expected).norm(dim=-1)  # (2, seqlen)
+        difference = float((distances / expected.norm(dim=-1).clamp(min=1e-30)).mean())
         if not difference <= tolerance:  # also true for NaN
             raise ValueError(
                 "the model cannot be pruned block by block: the hidden states after block "
@@ -799,7 +792,7 @@ def checked_calls(
 
 def calibration_tokens(
     source: str, tokenizer, nsamples: int = 128, seqlen: int = 2048, seed: int = 0,
-    bos: int | None = None,
+    bos_id: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Return calibration tokens, (nsamples, seqlen) int64; the same seed gives the same tokens.
 
@@ -808,7 +801,7 @@ def calibration_tokens(
     author's code for the same seed and tokenizer. For other texts (`eval_ppl.read_text`, the split
     "train"), they are random windows, which may overlap.
 
-    `bos` is the token that takes the place of the first token of each sequence; None: none does.
+    `bos_id`, unless it is None, takes the place of the first token of each sequence.
 
     Raises: ValueError if there is too little text; OSError if it cannot be read.
     """
@@ -819,12 +812,12 @@ def calibration_tokens(
                 data_files={"train": "en/c4-train.00000-of-01024.json.gz"},  # 0.3 GB
                 split="train",
             )
-        draw = random.Random(seed).randint  # in the order of SparseGPT and Wanda
+        randint = random.Random(seed).randint  # drawn in the order of SparseGPT and Wanda
         sequences = []
         for _ in range(1000 * nsamples):  # gives up if fewer than 1 in 1000 documents are long
-            ids = eval_ppl.tokenize(tokenizer, rows[draw(0, len(rows) - 1)]["text"])
+            ids = eval_ppl.tokenize(tokenizer, rows[randint(0, len(rows) - 1)]["text"])
             if len(ids) > seqlen:
-                start = draw(0, len(ids) - seqlen - 1)
+                start = randint(0, len(ids) - seqlen - 1)
                 sequences.append(ids[start : start + seqlen])
             if len(sequences) == nsamples:
                 break
@@ -836,8 +829,8 @@ def calibration_tokens(
     if len(sequences) < nsamples or len(sequences[0]) < seqlen:
         raise ValueError(f"{source} lacks text for {nsamples} sequences of {seqlen} tokens")
     tokens = torch.stack(sequences)
-    if bos is not None:
-        tokens[:, 0] = bos
+    if bos_id is not None:
+        tokens[:, 0] = bos_id
     return tokens
 
 
@@ -853,8 +846,6 @@ def prune_and_save(args: argparse.Namespace) -> None:
     """
     method = f"{args.method}-block-aware" if args.block_aware else args.method
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
-    # This raises a ValueError if the amount is invalid.
-    select_mask(torch.empty(0, args.pattern[1] if args.pattern else 1), args.sparsity, args.pattern)
     name = Path(args.model).resolve().name.removesuffix(".gguf")
     folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
     with eval_ppl.note(
@@ -871,7 +862,12 @@ def prune_and_save(args: argparse.Namespace) -> None:
     with eval_ppl.note(f"{folder} has the whole model if it has model.safetensors or its index"):
         model.save_pretrained(folder)
         (folder / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
-    print(f"{describe_zeros(model)}; wrote {folder}; next: python eval_ppl.py --model {folder}")
+    matrices = [p for p in eval_ppl.find_blocks(model).parameters() if p.ndim > 1]
+    zeros = sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices)
+    print(
+        f"{zeros:.2%} of the weights in the blocks are zero, from {len(report['layers'])} layers; "
+        f"wrote {folder}; next: python eval_ppl.py --model {folder}"
+    )
 
 
 def load_and_prune(
@@ -883,40 +879,31 @@ def load_and_prune(
     report are those before the last rounding.
     """
     device = eval_ppl.select_device(args.device)
-    tokenizer, bos = eval_ppl.load_tokenizer(args.model, args.seqlen, args.bos)
+    tokenizer, bos_id = eval_ppl.load_tokenizer(args.model, args.seqlen, args.bos)
     tokenizer.save_pretrained(folder)
     print(
         f"pruning {args.model} into {folder} on {device},",
         f"with {args.nsamples} x {args.seqlen} tokens of {', '.join(args.calibration)}",
-        f"(BOS in each: {bos is not None})",
+        f"(BOS in each: {bos_id is not None})",
         flush=True,
     )
-    # The texts take turns, so that the first sequences, which the probe uses, have all kinds.
-    sources = (args.calibration * args.nsamples)[: args.nsamples]  # of each sequence
     tokens = torch.empty(args.nsamples, args.seqlen, dtype=torch.int64)
-    for source in set(sources):
-        tokens[[other == source for other in sources]] = calibration_tokens(
-            source, tokenizer, sources.count(source), args.seqlen, args.seed, bos
+    for i, source in enumerate(args.calibration):
+        # The texts take turns, so that the first sequences, which the probe uses, have all kinds.
+        of_source = tokens[i :: len(args.calibration)]
+        of_source[:] = calibration_tokens(
+            source, tokenizer, len(of_source), args.seqlen, args.seed, bos_id
         )
     model = eval_ppl.load_model(args.model, args.dtype)
     model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)  # transformers 5.0 refuses some
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)  # transformers 5.0 refuses some
     if sum(p.nbytes for p in model.parameters()) > shutil.disk_usage(folder).free:
         raise ValueError(f"the disk of {folder} has no room for the model")
-    widest = max(  # `nn.Linear` only
-        getattr(module, "in_features", 0) for module in eval_ppl.find_blocks(model).modules()
-    )
-    if tokens.numel() < 8 * widest:
-        print(
-            f"few tokens: {tokens.numel()} for the {widest} input features of the widest layer;",
-            "more --nsamples would help",
-            flush=True,
-        )
     # A checkpoint may mix dtypes. Each tensor gets back its own in the end.
     loaded_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     if args.dtype == "auto" and device.type == "cpu":
         model.float()  # a CPU is slow in 16 bits
-    dtype = model.dtype
     layers = prune_model(
         model,
         tokens,
@@ -934,9 +921,8 @@ def load_and_prune(
         "arguments": vars(args)
         | {
             "sparsity": None if args.pattern else args.sparsity,
-            "bos": bos,
+            "bos": bos_id,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "dtype": dtype,
         },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "gpu_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
@@ -944,36 +930,13 @@ def load_and_prune(
     }
 
 
-def describe_zeros(model: transformers.PreTrainedModel) -> str:
-    """Return a text: the share of zeros in all matrices of the blocks, and which ones are dense.
-
-    A name is listed if less than 1 % of it, or of one of its experts, is zero in some block.
-    """
-    matrices = {
-        name: parameter
-        for name, parameter in eval_ppl.find_blocks(model).named_parameters()
-        if parameter.ndim > 1 and "bias" not in name  # the biases of experts are stacked, too
-    }
-    # Of a stack, one number for each expert.
-    zeros = {name: (matrix == 0).sum((-2, -1)) for name, matrix in matrices.items()}
-    dense = {
-        name.partition(".")[2]  # without the number of the block
-        for name, matrix in matrices.items()
-        if (zeros[name] < 0.01 * matrix.shape[-2:].numel()).any()
-    }
-    share = sum(int(counts.sum()) for counts in zeros.values()) / sum(
-        matrix.numel() for matrix in matrices.values()
-    )
-    return (
-        f"{share:.2%} of weights are zero (dense in whole or in part: "
-        f"{', '.join(sorted(dense)) or 'none'})"
-    )
-
-
-def n_of_m(text: str) -> tuple[int, int]:
-    """Return (N, M) for the text "N:M"."""
-    N, M = text.split(":")
-    return int(N), int(M)
+def parse_pattern(text: str) -> tuple[int, int]:
+    """Return (N, M) for the text "N:M"; raise an ArgumentTypeError unless 0 < N <= M."""
+    if re.fullmatch(r"\d+:\d+", text):
+        N, M = map(int, text.split(":"))
+        if 0 < N <= M:
+            return N, M
+    raise argparse.ArgumentTypeError(f"must be N:M with 0 < N <= M, got {text}")
 
 
 def main() -> None:
@@ -984,7 +947,7 @@ def main() -> None:
     cli.add_argument("--model", required=True, help=eval_ppl.MODEL_HELP)
     amount = cli.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros; default: 0.5")
-    amount.add_argument("--pattern", type=n_of_m, metavar="N:M", help="keep N of M entries")
+    amount.add_argument("--pattern", type=parse_pattern, metavar="N:M", help="keep N of M entries")
     cli.add_argument(
         "--method", choices=METHODS, default="admm-grad", help="default: admm-grad, the paper's"
     )
@@ -1009,10 +972,14 @@ def main() -> None:
     )
     eval_ppl.add_common_arguments(cli)
     args = cli.parse_args()
+    if not 0 <= args.sparsity < 1:
+        cli.error(f"--sparsity must be at least 0 and below 1, got {args.sparsity}")
+    if len({Path(source).resolve() for source in args.calibration}) < len(args.calibration):
+        cli.error("--calibration has a text twice, which would give the same sequences")
     if args.nsamples < len(args.calibration) or args.seqlen < 2 or not 0 <= args.seed < 2**63:
         cli.error(
-            "needed: --nsamples at least the number of --calibration texts, --seqlen at least 2, "
-            "0 <= --seed < 2**63"
+            "--nsamples must be at least the number of --calibration texts, --seqlen at least 2, "
+            "and --seed at least 0 and below 2**63"
         )
     with eval_ppl.exit_without_traceback("admm_prune.py"):
         prune_and_save(args)

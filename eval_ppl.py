@@ -8,8 +8,8 @@ split are joined by blank lines and tokenised once. The tokens are cut into wind
 do not overlap; the last, incomplete one is dropped. Perplexity is exp of the mean negative
 log-likelihood.
 
-This file also has what both programs need: how to find and offload the blocks, and how to load
-models, tokenizers and texts.
+Both programs use the functions of this file: they find and offload the blocks, and load models,
+tokenizers and texts.
 """
 
 import argparse
@@ -50,19 +50,18 @@ def perplexity(
     check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
-    # Free memory in bytes; without CUDA, 8 GiB stand for it.
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**33
-    # The loss needs a window's logits three times in 32 bits; a fourth share is for what a block
-    # computes.
-    window_bytes = 16 * tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size
-    if sum(tensor.nbytes for tensor in tensors_of(model)) + window_bytes <= free:
-        model_on_device = moved(tensors_of(model), device)
-        windows_at_once = 1
-    else:
-        # The model visits the device block by block. More windows at once need fewer visits; they
-        # take half of the memory, and have at most 2^14 tokens.
-        model_on_device = offload_blocks(model, device)
-        windows_at_once = max(1, min(free // 2 // window_bytes, 2**14 // tokens.shape[1]))
+    model_on_device = moved(tensors_of(model), device)
+    windows_at_once = 1
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]  # bytes
+        # The loss needs a window's logits three times in float32, 4 bytes each. As much again is
+        # for what a block computes.
+        vocab_size = model.config.get_text_config(decoder=True).vocab_size
+        window_bytes = 4 * 4 * tokens.shape[1] * vocab_size
+        if sum(tensor.nbytes for tensor in tensors_of(model)) + window_bytes > free:
+            # The model visits the device block by block. More windows at once need fewer visits.
+            model_on_device = offload_blocks(model, device)
+            windows_at_once = max(1, free // 2 // window_bytes)
     losses = []
     with model_on_device, note(f"with {windows_at_once} windows at once"):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
@@ -73,7 +72,10 @@ def perplexity(
             ]
     # All windows are of one length, so that a mean of their means is that of all tokens. It is
     # taken on the host, since MPS has no float64.
-    return float(torch.stack(losses).cpu().double().mean().exp())
+    loss = torch.stack(losses).cpu().double().mean()
+    if loss.isnan():
+        raise ValueError("the perplexity is NaN: the model has weights that are NaN, or overflows")
+    return float(loss.exp())
 
 
 # ------------------------------------------------------------------------- blocks and devices
@@ -98,10 +100,10 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def moved(tensors: list[Tensor] | set[Tensor], device: torch.device):
-    """Let tensors have their data on the device, until the context ends.
+    """Move the data of tensors to the device, until the context ends.
 
-    Then they get back the data that they had before, so that nothing is copied back. What is
-    written to them meanwhile is lost if the device is another.
+    Then they get back the data that they had before, so that nothing is copied back. What was
+    written to them on another device is lost.
     """
     before = [(tensor, tensor.data) for tensor in tensors]
     try:
@@ -123,17 +125,17 @@ def offload_blocks(model: PreTrainedModel, device: torch.device):
     blocks = find_blocks(model)
     with (
         moved(set(tensors_of(model)) - set(tensors_of(blocks)), device),  # sets by identity
-        ExitStack() as visit,
+        ExitStack() as block_on_device,
         ExitStack() as hooks,
     ):
-        # `visit` holds the block that is on the device. `close` sends it back, and the next one can
-        # enter the same stack.
+        # The stack holds at most one block. Closing it sends the block back, and leaves the stack
+        # empty for the next one.
         def arrive(block, args):
-            visit.enter_context(moved(tensors_of(block), device))
+            block_on_device.enter_context(moved(tensors_of(block), device))
 
         for block in blocks:
             hooks.enter_context(block.register_forward_pre_hook(arrive))
-            hooks.enter_context(block.register_forward_hook(lambda *_: visit.close()))
+            hooks.enter_context(block.register_forward_hook(lambda *_: block_on_device.close()))
         yield
 
 
@@ -142,9 +144,7 @@ def select_device(name: torch.device | str | None = None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        empty = torch.empty(0, device=name)
-        empty.cpu()  # fails for "meta"
-        return empty.device  # with its index, such as cuda:0 for "cuda"
+        return torch.empty(0, device=name).device  # with its index, such as cuda:0 for "cuda"
     except (AssertionError, ImportError, RuntimeError) as error:
         # Which of these it is depends on how PyTorch was built.
         raise ValueError(f"device {name} cannot be used: {error}") from error
@@ -207,7 +207,7 @@ def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
 
 
 def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
-    """Return the causal LM on the host, also one that sees images besides.
+    """Return the causal LM on the host. It may also take images.
 
     `dtype` is "float32", "bfloat16", "float16" or "auto": that of the checkpoint, or float32 for a
     .gguf file.
@@ -267,12 +267,12 @@ def tokenize(tokenizer, text: str) -> Tensor:
 
 
 def evaluation_tokens(
-    source: str, tokenizer, seqlen: int, limit: int | None = None, bos: int | None = None
+    source: str, tokenizer, seqlen: int, limit: int | None = None, bos_id: int | None = None
 ) -> Tensor:
     """Return the windows of a text (`read_text`, the split "test"), (windows, seqlen) int64.
 
-    There are at most `limit` windows. `bos` is the token that takes the place of the first token of
-    each window; None: none does.
+    There are at most `limit` windows. `bos_id`, unless it is None, takes the place of the first
+    token of each window.
 
     Raises: ValueError if there is too little text; OSError if it cannot be read.
     """
@@ -280,8 +280,8 @@ def evaluation_tokens(
     if len(ids) < seqlen:
         raise ValueError(f"{source} has {len(ids)} tokens, but a window needs {seqlen}")
     windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit]
-    if bos is not None:
-        windows[:, 0] = bos
+    if bos_id is not None:
+        windows[:, 0] = bos_id
     return windows
 
 
@@ -318,7 +318,9 @@ def exit_without_traceback(program: str):
     ) as error:
         if sys.flags.dev_mode:
             raise
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+            "can't allocate memory" in str(error)  # a RuntimeError, of a CPU
+        ):
             error.add_note(
                 "what helps: a shorter --seqlen (in admm_prune.py also fewer --nsamples), a GPU "
                 "with more memory, or --device cpu"
@@ -359,14 +361,14 @@ def main() -> None:
         cli.error("needed: --seqlen at least 2, --limit at least 1")
     with exit_without_traceback("eval_ppl.py"):
         device = select_device(args.device)
-        tokenizer, bos = load_tokenizer(args.model, args.seqlen, args.bos)
-        windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit, bos)
+        tokenizer, bos_id = load_tokenizer(args.model, args.seqlen, args.bos)
+        windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit, bos_id)
         # A CPU is slow in 16 bits.
         dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
         model = load_model(args.model, dtype)
         print(
             f"{args.model}: perplexity {perplexity(model, windows, device):.3f} on {args.dataset},",
-            f"{len(windows)} windows of {args.seqlen} tokens (BOS in each: {bos is not None})",
+            f"{len(windows)} x {args.seqlen} tokens (BOS in each: {bos_id is not None})",
         )
 
 

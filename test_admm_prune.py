@@ -34,8 +34,6 @@ import eval_ppl
 
 torch.set_num_threads(1)  # for tensors as small as these, threads get in each other's way
 HERE = Path(__file__).parent
-# The schedule of the author's code without N:M: the final sparsity from the first step on.
-RELEASED = {"growing_steps": 1, "moving_steps": 14}
 DOCS = "\n\n".join(pydoc_data.topics.topics.values())
 # A tiny model: whichever of these names its configuration has, it gets that value for it. For
 # example, OPT's `ffn_dim` becomes 48, and LLaMA's `intermediate_size`, too.
@@ -224,7 +222,8 @@ def test_a_given_mask_converges_to_least_squares_on_the_support(damping):
     mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) > 0.5
     pruned = ap.prune_weight(W, X.T @ X, mask=mask, damping=damping, rho=0.1, frozen_steps=3000)
     assert (pruned[~mask] == 0).all()
-    # With a row below for each feature, the Gram matrix is G + damping * Diag G.
+    # With a row below for each feature, the Gram matrix is damped as the scaled one is, whose
+    # diagonal is 1.
     damped = torch.cat([X.double(), torch.diag(math.sqrt(damping) * X.double().norm(dim=0))])
     for w, new, kept in zip(W.double(), pruned.double(), mask, strict=True):
         best = torch.linalg.lstsq(damped[:, kept], damped @ w).solution
@@ -232,25 +231,21 @@ def test_a_given_mask_converges_to_least_squares_on_the_support(damping):
         assert ((new[kept] - best) * scale).norm() < 1e-3 * (w[kept] * scale).norm()
 
 
-def admm_reference(
-    W, X, sparsity, pattern, damping=0.1, rho=1, growing_steps=15, moving_steps=0, frozen_steps=5
-):
+def admm_reference(W, X, sparsity, pattern, damping=0.1, rho=1, growing_steps=15, frozen_steps=5):
     # The algorithm in float64, with the unscaled dual Y = rho U and textbook formulas. The defaults
     # are those of the paper. V comes first in each step, so that there is one step more.
-    X = X.double()
-    norms = X.norm(dim=0)
-    damping *= (norms > 0).double().mean()
-    norms = norms.clamp(min=0.01 * float(norms.mean()))
+    norms = X.double().norm(dim=0)
+    norms = norms.clamp(min=0.03 * float(norms.mean()))
+    X = X.double() / norms
     A = X.T @ X
-    A.diagonal().copy_((1 + damping) * norms**2)
-    A = A / torch.outer(norms, norms)
+    A += damping * A.diagonal().mean() * torch.eye(len(A))
     W0 = W.double() * norms
     Z = W0
     Y = torch.zeros_like(W0)
-    for step in range(1, growing_steps + moving_steps + frozen_steps + 2):
+    for step in range(1, growing_steps + frozen_steps + 2):
         V = (W0 @ A + rho * Z - Y) @ torch.linalg.inv(A + rho * torch.eye(len(A)))
-        if step <= growing_steps + moving_steps:
-            share = 1 - (1 - min(step / growing_steps, 1)) ** 3
+        if step <= growing_steps:
+            share = 1 - (1 - step / growing_steps) ** 3
             mask = reference_mask((V + Y / rho).abs(), sparsity, pattern, share)
         Z = mask * (V + Y / rho)
         Y = Y + rho * (V - Z)
@@ -277,8 +272,7 @@ def reference_mask(scores, sparsity, pattern, share=1.0):
     "hyperparameters",
     [
         {},
-        RELEASED,
-        {"damping": 0.2, "rho": 0.7, "growing_steps": 4, "moving_steps": 8, "frozen_steps": 5},
+        {"damping": 0.2, "rho": 0.7, "growing_steps": 4, "frozen_steps": 13},
     ],
 )
 def test_the_solver_is_admm_in_float64(hyperparameters, sparsity, pattern, never_active):
@@ -292,16 +286,6 @@ def test_the_solver_is_admm_in_float64(hyperparameters, sparsity, pattern, never
     assert not torch.signbit(ours[ours == 0]).any()
     in_16_bits = ap.METHODS["admm-grad"](W, X.T @ X, sparsity, pattern, **hyperparameters)
     assert torch.equal(in_16_bits, ours.bfloat16())
-
-
-@pytest.mark.parametrize("prune", [ap.prune_weight, ap.sparsegpt, ap.magnitude])
-@pytest.mark.parametrize(
-    "shape, sparsity", [((23, 37), 0.123), ((1, 40), 0.0), ((24, 1), 0.7), ((1, 1), 0.99)]
-)
-def test_exact_count_of_zeros(prune, sparsity, shape):
-    W, X = make_layer(*shape)
-    pruned = prune(W, X.T @ X, sparsity)
-    assert int((pruned == 0).sum()) == round(sparsity * W.numel())
 
 
 @pytest.mark.parametrize("method", ap.METHODS.values())
@@ -339,12 +323,6 @@ def test_the_largest_n_of_each_m_survive(n, m):
             r"gram is \(400, 40\), but in_features is 40",
         ),
         (["admm-grad"], {"mask": torch.ones(40)}, r"mask is \(40,\), but weight is \(24, 40\)"),
-        (["admm-grad"], {"weight": torch.ones(24, 40, dtype=torch.int8)}, "float weight"),
-        (["admm-grad"], {"rho": 0}, "rho and growing_steps > 0"),
-        (["admm-grad"], {"growing_steps": 0}, "rho and growing_steps > 0"),
-        (["admm-grad"], {"moving_steps": -1}, "damping and steps >= 0"),
-        (["admm-grad"], {"frozen_steps": -1}, "damping and steps >= 0"),
-        (["admm-grad"], {"damping": -0.1}, "damping and steps >= 0"),
     ],
 )
 def test_invalid_arguments_are_refused(methods, arguments, message):
@@ -440,10 +418,11 @@ def test_the_released_code_in_our_loop_gives_our_model(
     one_more = method == "sparsegpt" and "sparsity" in amount
     monkeypatch.setattr(ap, "round", lambda number: int(number) + one_more, raising=False)
     # Without N:M, the author's ADMM has the final sparsity from the first step on.
-    schedule = RELEASED if method == "admm-grad" and "sparsity" in amount else {}
-
+    if "sparsity" in amount:
+        select_mask = ap.select_mask
+        monkeypatch.setattr(ap, "select_mask", lambda *args: select_mask(*args[:3]))
     states = []
-    for prune in (partial(ap.METHODS[method], **schedule), prune_as_released):
+    for prune in (ap.METHODS[method], prune_as_released):
         model = make_model("opt")
         for block in eval_ppl.find_blocks(model):
             block.fc1.bias.data[:8] = -100  # a sixth of the inputs of fc2 is never active
@@ -543,9 +522,11 @@ def test_the_readmes_whole_model_is_pruned_and_keeps_its_zeros_in_fine_tuning(
     )
     scope = {"torch": torch}
     exec(whole.replace("c4", f"{folder}/test.txt") + fine_tuning.replace("#", train + "#"), scope)
-    pruned = ap.describe_zeros(eval_ppl.load_model("pruned"))
-    assert ap.describe_zeros(scope["model"]) == pruned
-    assert pruned.startswith(("60.00%", "59.6"))  # a mixture has routers
+    trained = dict(scope["model"].named_parameters())
+    for name, p in eval_ppl.load_model("pruned").named_parameters():
+        if p.ndim > 1:
+            assert torch.equal(p == 0, trained[name] == 0)
+            assert float((p == 0).float().mean()) in (0, pytest.approx(0.6, abs=1e-3)), name
 
 
 def test_the_readmes_snippets_print_what_they_promise(capsys):
@@ -570,7 +551,7 @@ def test_correction_is_a_ridge_regression():
     X[3, 7] = 1e-3
     E = torch.randn(len(X), len(W), generator=torch.Generator().manual_seed(1)).double()
     norms = X.norm(dim=0)
-    ridge = torch.diag(norms.clamp(min=0.01 * norms.mean()))
+    ridge = torch.diag(norms.clamp(min=0.03 * norms.mean()))
     lost = torch.cat([E, torch.zeros(len(ridge), len(W))])
     gain = torch.linalg.lstsq(torch.cat([X, ridge]), lost).solution.T
     torch.testing.assert_close(ap.correct_weight(W, X.T @ X, E.T @ X), W + gain)
@@ -619,7 +600,7 @@ def test_rows_are_weighted_and_the_closing_layer_is_corrected_for_all_that_the_s
         ("doge", torch.float32),
     ],
 )
-def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypatch, kind, dtype):
+def test_row_scales_are_from_gradients_of_the_models_own_backward_pass(monkeypatch, kind, dtype):
     # The gradients have the dtype of the model. What follows from them is computed in float64.
     model = make_model(kind).to(dtype)
     tokens = make_tokens(count=9)  # the probe takes 8 of them
@@ -637,14 +618,14 @@ def test_row_weights_are_from_gradients_of_the_models_own_backward_pass(monkeypa
     after = outputs.pop("")
     generator = torch.Generator().manual_seed(0)
     signs = torch.cat([torch.randint(2, row.shape, generator=generator) for row in after.split(1)])
-    row_weights, closing_name = probes[1]
+    row_scales, closing_name = probes[1]
     # Before training, Doge's `dt_proj` moves nothing, so that all its row weights would be 0.
-    assert row_weights.keys() == outputs.keys() - {closing_name, "self_attn.dt_proj"}
-    for name in row_weights:
+    assert row_scales.keys() == outputs.keys() - {closing_name, "self_attn.dt_proj"}
+    for name in row_scales:
         [g] = torch.autograd.grad(after, outputs[name], 2 * signs.to(after) - 1, retain_graph=True)
         s = g.double().square().flatten(0, -2).sum(0)
         expected = (s + s.mean()).sqrt()[:, None].float()
-        torch.testing.assert_close(row_weights[name], expected, rtol=3e-4, atol=1e-6)
+        torch.testing.assert_close(row_scales[name], expected, rtol=3e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -690,14 +671,14 @@ def dense_model(request):
     return make_model(request.param)
 
 
-def test_perplexity_is_that_of_the_models_own_forward(dense_model, monkeypatch):
+def test_perplexity_is_that_of_the_models_own_forward(dense_model):
     own = pytest.approx(own_perplexity(dense_model, make_tokens()), rel=1e-4)
     assert eval_ppl.perplexity(dense_model, make_tokens(), "cpu") == own
-    # With 16 GiB more, the blocks visit the device, and all windows are computed at once.
-    tensors_of = eval_ppl.tensors_of
-    huge = torch.zeros(1).expand(2**32)
-    monkeypatch.setattr(eval_ppl, "tensors_of", lambda module: [*tensors_of(module), huge])
-    assert eval_ppl.perplexity(dense_model, make_tokens(), "cpu") == own
+    # As on a GPU that is too small for the model: blocks visit it, with several windows at once.
+    with eval_ppl.offload_blocks(dense_model, "cpu"), torch.no_grad():
+        logits = dense_model(make_tokens(), use_cache=False).logits[:, :-1].flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits, make_tokens()[:, 1:].flatten())
+    assert float(loss.exp()) == own
 
 
 def test_gram_matrices_are_of_the_inputs_in_the_models_own_forward(dense_model):
@@ -791,9 +772,12 @@ EXACT = ("linalg_cholesky", "none"), ("cholesky_inverse", "none")
     [
         (lambda W, X, gram: ap.prune_weight(W, gram), {*EXACT, ("matmul", "tf32")}),
         (lambda W, X, gram: ap.measure_error(W, W, gram), {("matmul", "none")}),
-        (lambda W, X, gram: ap.Layer().add(ap.Product(W, X, None)), {("matmul", "tf32")}),
+        (lambda W, X, gram: ap.Layer(W).add(X), {("addmm", "tf32")}),
         (lambda W, X, gram: ap.sparsegpt(W, gram), {*EXACT, ("matmul", "none")}),
-        (lambda W, X, gram: ap.correct_weight(W, gram, W), {*EXACT, ("matmul", "none")}),
+        (
+            lambda W, X, gram: ap.correct_weight(W, gram, W),
+            {EXACT[0], ("cholesky_solve", "none")},
+        ),
     ],
 )
 def test_what_a_gpu_multiplies_in_tf32(function, expected):
@@ -801,7 +785,7 @@ def test_what_a_gpu_multiplies_in_tf32(function, expected):
 
     class Watch(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
-            if "matmul" in function.__name__ or "cholesky" in function.__name__:
+            if re.search("matmul|addmm|cholesky", function.__name__):
                 precisions.add((function.__name__.strip("_"), torch.backends.fp32_precision))
             return function(*args, **(kwargs or {}))
 
@@ -899,7 +883,6 @@ def test_experts_that_no_token_reaches_stay_dense():
         stack = layer.mlp.experts.gate_up_proj  # (experts, in_features, out_features)
         assert torch.equal(stack[3], dense.mlp.experts.gate_up_proj[3])
         assert ((stack[:3].unflatten(1, (-1, 4)) != 0).sum(2) == 2).all()
-    assert ": mlp.experts.down_proj, mlp.experts.gate_up_proj, mlp.ro" in ap.describe_zeros(model)
 
 
 def test_offloaded_blocks_are_put_back_after_their_forward_and_after_an_error():
@@ -970,7 +953,7 @@ def hand_on(model, share=0.01, first_token=1):
         ),
         (
             lambda m: m.model.layers[1].mlp.up_proj.weight.data.fill_(math.nan),
-            "after block 1 are NaN or infinite",
+            "after block 1 differ by nan if it is called alone",
         ),
     ],
 )
@@ -1007,7 +990,8 @@ def test_what_goes_wrong_in_a_layer_names_it_and_keeps_its_type():
             prune_tiny(make_model().half(), prune)
         assert raised.value.__notes__ == ["layer self_attn.q_proj", "while pruning block 0"]
     with pytest.raises(ValueError, match="the inputs are NaN or infinite"):
-        layer = ap.Layer(torch.ones(3, 3), 1, math.nan * torch.ones(3, 3))
+        layer = ap.Layer(torch.ones(3, 3))
+        layer.add(torch.full((1, 3), math.nan))
         ap.prune_layer(0, "up", layer, ap.wanda, lambda block, name: {})
 
 
@@ -1034,7 +1018,7 @@ def test_a_gpu_gives_what_the_cpu_gives(
     # Three sets of hidden states, 40 x 24 x 32 entries each, are a third of the free memory.
     free = 9 * 40 * 24 * 32 * dtype.itemsize - lacking
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
-    embedded = spy(monkeypatch, "embed")
+    first_states = spy(monkeypatch, "states_before_blocks")
     on_gpu = []  # the blocks that are there while a layer is pruned
 
     def prune(weight, gram):
@@ -1048,7 +1032,7 @@ def test_a_gpu_gives_what_the_cpu_gives(
         results.append(ap.prune_model(models[-1], make_tokens(40), prune, block_aware, device))
         assert set(on_gpu[-len(results[0]) :]) == {int(device == "cuda")}
         assert {p.device.type for p in models[-1].parameters()} == {"cpu"}
-    assert {states.device.type for states in embedded[-1]} == {place}
+    assert {states.device.type for states in first_states[-1]} == {place}
     for host, gpu in zip(*results, strict=True):
         assert gpu["error"] == pytest.approx(host["error"], rel=tolerance)
         assert gpu["num_tokens"] == pytest.approx(host["num_tokens"], rel=tolerance)
@@ -1185,12 +1169,11 @@ def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "tiny-magnitude-2of4"
     assert list(tmp_path.iterdir()) == [out]
     report = json.loads((out / "pruning_report.json").read_text())
-    used = {"device": "cpu", "dtype": "torch.float32", "sparsity": None, "pattern": [2, 4]}
+    used = {"device": "cpu", "sparsity": None, "pattern": [2, 4]}
     assert report["arguments"].items() >= used.items() and "transformers" in report["versions"]
     assert [(row["sparsity"], row["num_tokens"]) for row in report["layers"]] == [(0.5, 384)] * 21
     told = capsys.readouterr().out
-    assert re.search("50.00% of weights are .*eval_ppl.py --model tiny-magnitude-2of4\n", told)
-    assert "few tokens" not in told  # 384 are eight for each of the 48 features
+    assert re.search("50.00% of .* 21 layers; .*eval_ppl.py --model tiny-magnitude-2of4\n", told)
     model = hf.AutoModelForCausalLM.from_pretrained(out)
     dense = hf.AutoModelForCausalLM.from_pretrained(folder / "tiny").model.layers
     for name, linear in find_linears(model.model.layers).items():
@@ -1198,21 +1181,19 @@ def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
         assert torch.equal(linear.weight, torch.where(ap.select_mask(W, pattern=(2, 4)), W, 0))
 
 
-def test_several_calibration_texts_take_turns(folder, tmp_path, monkeypatch, tokenizer, capsys):
+def test_several_calibration_texts_take_turns(folder, tmp_path, monkeypatch, tokenizer):
     prune = mock.Mock(return_value=[])
     monkeypatch.setattr(ap, "prune_model", prune)
-    names = [str(folder / f"{name}.txt") for name in ("calibration", "calibration", "test")]
-    arguments = ("--calibration", *names, "--nsamples", 6, "--seqlen", 63)
+    names = [str(folder / f"{name}.txt") for name in ("calibration", "test")]
+    arguments = ("--calibration", *names, "--nsamples", 5, "--seqlen", 63)
     assert run(monkeypatch, folder, *arguments, "--save", tmp_path / "out") is None
-    assert "few tokens: 378 for the 48 input features of the widest" in capsys.readouterr().out
     assert eval_ppl.read_text(names[0], "") == DOCS[:60_000]  # without its byte order mark
     tokens = prune.call_args.args[1]
-    assert len(tokens) == len(tokens.unique(dim=0)) == 6
-    for name in names:
-        ids = tokenizer(Path(name).read_text(encoding="utf-8-sig")).input_ids
-        windows = torch.tensor(ids).unfold(0, 63, 1)
-        found = [bool((windows == row).all(1).any()) for row in tokens]
-        assert found == [names[i % 3] == name for i in range(6)]
+    for i, name in enumerate(names):
+        alone = ap.calibration_tokens(name, tokenizer, 3 - i, 63)
+        assert torch.equal(tokens[i::2], alone)
+        windows = torch.tensor(tokenizer(eval_ppl.read_text(name, "")).input_ids).unfold(0, 63, 1)
+        assert all((windows == row).all(1).any() for row in alone)
 
 
 def test_the_defaults_of_the_command_lines(monkeypatch):
@@ -1262,19 +1243,8 @@ def test_each_sequence_begins_with_bos_for_gemma_or_if_asked_for(
     assert float(told[1]) == pytest.approx(own, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind, told",
-    [
-        ("mixtral", "(dense in whole or in part: mlp.gate.weight)"),
-        ("gpt_oss", "(dense in whole or in part: mlp.router.weight)"),
-        ("gemma2", "(dense in whole or in part: none)"),
-        ("gpt2", "(dense in whole or in part: none)"),
-        ("apertus", "(dense in whole or in part: none)"),
-        ("llava", "(dense in whole or in part: none)"),
-        ("mamba", "(dense in whole or in part: mixer.conv1d.weight"),
-    ],
-)
-def test_what_is_saved_is_what_was_pruned_bit_for_bit(folder, tmp_path, monkeypatch, kind, told):
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "gemma2", "gpt2", "apertus", *SEES])
+def test_what_is_saved_is_what_was_pruned_bit_for_bit(folder, tmp_path, monkeypatch, kind):
     # Apertus has buffers, too, which are converted for pruning and back.
     make_model(kind).bfloat16().save_pretrained(tmp_path / "model")
     hf.AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained(tmp_path / "model")
@@ -1284,7 +1254,6 @@ def test_what_is_saved_is_what_was_pruned_bit_for_bit(folder, tmp_path, monkeypa
     assert run(monkeypatch, folder, *arguments) is None
     pruned = models[0].state_dict()
     torch.testing.assert_close(eval_ppl.load_model(out).state_dict(), pruned, rtol=0, atol=0)
-    assert told in ap.describe_zeros(models[0])
 
 
 @pytest.mark.skipif(IS_OLD, reason="needs a newer transformers, or triton")
@@ -1320,17 +1289,20 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--sparsity", "1.5"], "sparsity must be at least 0 and below 1, got 1.5\n(python"),
-        (["--pattern", "4:2"], "pattern must be (N, M) with 0 < N <= M, got (4, 2)"),
-        (["--pattern", "2-4"], 2),  # argparse has told it
-        (["--seed", str(2**64)], 2),
-        (["--calibration", "test.txt", "short.txt", "--nsamples", "1"], 2),
+        (["--sparsity", "1.5"], "error: --sparsity must be at least 0 and below 1, got 1.5"),
+        (["--pattern", "4:2"], "--pattern: must be N:M with 0 < N <= M, got 4:2"),
+        (["--pattern", "0:4"], "--pattern: must be N:M with 0 < N <= M, got 0:4"),
+        (["--pattern=2:-4"], "--pattern: must be N:M with 0 < N <= M, got 2:-4"),
+        (["--pattern", "2:4:8"], "--pattern: must be N:M with 0 < N <= M, got 2:4:8"),
+        (["--pattern", "2:a"], "--pattern: must be N:M with 0 < N <= M, got 2:a"),
+        (["--seed", str(2**64)], "and --seed at least 0 and below 2**63"),
+        (["--calibration", "test.txt", "short.txt", "--nsamples", "1"], "number of --calibration"),
+        (["--calibration", "test.txt", "./test.txt"], "--calibration has a text twice"),
         (
             ["--pattern", "3:5"],
             "not divisible by M=5\nlayer self_attn.q_proj\nwhile pruning block 0",
         ),
         (["--device", "gpu"], "device gpu cannot be used"),
-        (["--device", "meta"], "device meta cannot be used"),
         (
             ["--calibration", "latin1.txt"],
             "while reading latin1.txt; a text file in UTF-8 can be given",
@@ -1355,7 +1327,7 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
-    folder, tmp_path, monkeypatch, arguments, sentence
+    folder, tmp_path, monkeypatch, capsys, arguments, sentence
 ):
     monkeypatch.chdir(tmp_path)
     for entry in folder.iterdir():
@@ -1365,7 +1337,7 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
     free = mock.Mock(free=1000 if "too large" in arguments else 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     code = run(monkeypatch, folder, *arguments)
-    assert code == sentence or sentence in code
+    assert sentence in (capsys.readouterr().err if code == 2 else code)  # 2: argparse has told it
     assert sorted(tmp_path.rglob("*")) == before
 
 
