@@ -526,7 +526,8 @@ def test_the_readmes_whole_model_is_pruned_and_keeps_its_zeros_in_fine_tuning(
     for name, p in eval_ppl.load_model("pruned").named_parameters():
         if p.ndim > 1:
             assert torch.equal(p == 0, trained[name] == 0)
-            assert float((p == 0).float().mean()) in (0, pytest.approx(0.6, abs=1e-3)), name
+            zeros = float((p == 0).float().mean())
+            assert zeros < 0.01 or zeros == pytest.approx(0.6, abs=1e-3), name
 
 
 def test_the_readmes_snippets_print_what_they_promise(capsys):
