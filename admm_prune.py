@@ -147,7 +147,7 @@ def select_mask(
         if not 0 < N <= M:
             raise ValueError(f"pattern must be (N, M) with 0 < N <= M, got {pattern}")
         if scores.shape[1] % M:
-            raise ValueError(f"in_features={scores.shape[1]} is not divisible by {M=}")
+            raise ValueError(f"{scores.shape[1]} columns are not divisible by {M=}")
         sparsity = 1 - N / M
         groups = scores.unflatten(1, (-1, M))  # (out, in / M, M)
         # With infinity as their scores, the N largest of each group are not among the smallest.
@@ -172,7 +172,6 @@ def sparsegpt(
     the mask is selected for 128 columns at a time, or for one group of a pattern, and features that
     were never active lose all their weights, even beyond the sparsity asked for.
     """
-    select_mask(weight[:1], sparsity, pattern)  # raises a ValueError if these are invalid
     W = weight.float().clone()  # (out, in)
     diagonal = gram.float().diagonal()
     W[:, diagonal == 0] = 0
@@ -433,24 +432,36 @@ def prune_block_aware(
             call.index, name, layers.pop(name), prune, options, row_scales.get(name, 1.0)
         )
     if closing_name is not None:
-        closing_layer = None
-        for before, target in zip(states, dense_after, strict=True):
-            after, products = call.record(before)  # the closing layer is still dense
-            product = products.pop(closing_name)
-            products.clear()  # frees all other X
-            if closing_layer is None:
-                closing_layer = Layer(product.weight)
-                EtX = torch.zeros_like(product.weight, dtype=torch.float32)  # E^T X, (out, in)
-            closing_layer.add(product.X)
-            E = (target.to(after.device).float() - after.float()).flatten(0, -2)
-            with torch.backends.flags(fp32_precision="tf32"):  # rounds E to 11 bits
-                EtX.addmm_(E.T, product.X)
+        closing_layer, EtX = collect_closing_layer(call, closing_name, states, dense_after)
 
         def prune_corrected(weight, gram, **arguments):
             return prune(correct_weight(weight, gram, EtX), gram, **arguments)
 
         results += prune_layer(call.index, closing_name, closing_layer, prune_corrected, options)
     return results, dense_after
+
+
+def collect_closing_layer(
+    call: BlockCall, name: str, states: list[Tensor], dense_after: list[Tensor]
+) -> tuple[Layer, Tensor]:
+    """Return the closing layer of a block with its sums, and E^T X, (out_features, in_features).
+
+    E is the difference of the hidden states after the block, dense model minus pruned model, and
+    E^T X, float32, is summed over all sequences. The closing layer is still dense.
+    """
+    layer = None
+    for before, target in zip(states, dense_after, strict=True):
+        after, products = call.record(before)
+        product = products.pop(name)
+        products.clear()  # frees the inputs of the other layers
+        if layer is None:
+            layer = Layer(product.weight)
+            EtX = torch.zeros_like(product.weight, dtype=torch.float32)
+        layer.add(product.X)
+        E = (target.to(after.device).float() - after.float()).flatten(0, -2)
+        with torch.backends.flags(fp32_precision="tf32"):  # rounds E to 11 bits
+            EtX.addmm_(E.T, product.X)
+    return layer, EtX
 
 
 @torch.no_grad()
@@ -592,43 +603,36 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
             self.add(args[-2], args[-1].mT, output)
         return output
 
-    def add(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
-        """Add the product x @ weight.mT = output, if the weight is one of the block.
+    def add(self, x: Tensor, factor: Tensor, output: Tensor) -> None:
+        """Add the product x @ factor.mT = output, if the factor is a weight of the block.
 
-        x is (..., in_features), and weight is (out_features, in_features) or a stack of experts.
+        x is (..., in_features), and the factor (out_features, in_features). Llama 4 multiplies all
+        its experts at once: then x is (experts, tokens, in_features), where a row is 0 if the token
+        goes elsewhere, and the factor is a stack, (experts, out_features, in_features). Stacks that
+        are multiplied in other shapes stay dense.
         """
-        key = (weight.data_ptr(), weight.numel())
-        if weight.ndim == 3:
-            self.add_experts(x, weight, output)
-        elif (
-            weight.ndim == 2
-            and key in self.names
-            and x.numel() > 0  # an expert may have no tokens
-            and (x.data_ptr(), x.numel()) not in self.names  # x may be a weight, as in A @ B
-        ):
+        # A stack, also a transposed one, has the address of its first expert.
+        is_stack = (factor.data_ptr(), factor.shape[-2:].numel()) in self.names
+        if factor.ndim == 2:
+            self.add_matrix(x, factor, output)
+        elif factor.ndim == x.ndim == 3 and len(x) == len(factor) and is_stack:
+            for rows, matrix in zip(x, factor, strict=True):
+                self.add_matrix(rows[rows.any(-1)], matrix, output)
+
+    def add_matrix(self, x: Tensor, factor: Tensor, output: Tensor) -> None:
+        """Add the product with a matrix; x is (..., in_features)."""
+        key = (factor.data_ptr(), factor.numel())
+        if key in self.names and x.numel() > 0:  # an expert may have no tokens
             name, is_expert = self.names[key]
             if name in self.products:
                 raise ValueError(f"a block cannot be pruned if it calls {name} more than once")
             self.products[name] = Product(
-                weight=weight,
+                weight=factor,
                 X=x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True),
                 edge=torch.autograd.graph.get_gradient_edge(output)
                 if output.requires_grad and not is_expert
                 else None,
             )
-
-    def add_experts(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
-        """Add the products of all experts of a stack at once, as Llama 4 computes them.
-
-        x is (experts, tokens, in_features), and weight is (experts, out_features, in_features). A
-        row of x is 0 if the token goes elsewhere. Stacks that are multiplied in other
-        shapes stay dense.
-        """
-        # A stack, also a transposed one, has the address of its first expert.
-        is_stack = (weight.data_ptr(), weight.shape[1:].numel()) in self.names
-        if is_stack and x.ndim == 3 and len(x) == len(weight):
-            for rows, matrix in zip(x, weight, strict=True):
-                self.add(rows[rows.any(-1)], matrix, output)
 
 
 # ---------------------------------------------------------------------------- calls of the blocks
@@ -846,7 +850,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
     """
     method = f"{args.method}-block-aware" if args.block_aware else args.method
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
-    name = Path(args.model).resolve().name.removesuffix(".gguf")
+    name = Path(args.model).resolve().name
     folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
     with eval_ppl.note(
         "choose another --save; if that is a folder without model.safetensors and without its "
@@ -859,9 +863,8 @@ def prune_and_save(args: argparse.Namespace) -> None:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # no model is in it yet
         raise
-    with eval_ppl.note(f"{folder} has the whole model if it has model.safetensors or its index"):
-        model.save_pretrained(folder)
-        (folder / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
+    model.save_pretrained(folder)
+    (folder / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
     matrices = [p for p in eval_ppl.find_blocks(model).parameters() if p.ndim > 1]
     zeros = sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices)
     print(
@@ -903,7 +906,7 @@ def load_and_prune(
     # A checkpoint may mix dtypes. Each tensor gets back its own in the end.
     loaded_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     if args.dtype == "auto" and device.type == "cpu":
-        model.float()  # a CPU is slow in 16 bits
+        model.float()  # a CPU is three to four times as slow in 16 bits
     layers = prune_model(
         model,
         tokens,
@@ -913,9 +916,6 @@ def load_and_prune(
     )
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(loaded_dtypes[name])  # in place, so that ties stay
-    for name, parameter in eval_ppl.find_blocks(model).named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(f"block {name} overflows {parameter.dtype}: use --dtype float32")
     return model, {
         # The values that were used stand in place of the defaults.
         "arguments": vars(args)
@@ -974,12 +974,15 @@ def main() -> None:
     args = cli.parse_args()
     if not 0 <= args.sparsity < 1:
         cli.error(f"--sparsity must be at least 0 and below 1, got {args.sparsity}")
-    if len({Path(source).resolve() for source in args.calibration}) < len(args.calibration):
-        cli.error("--calibration has a text twice, which would give the same sequences")
-    if args.nsamples < len(args.calibration) or args.seqlen < 2 or not 0 <= args.seed < 2**63:
+    if (
+        len({Path(source).resolve() for source in args.calibration}) < len(args.calibration)
+        or args.nsamples < len(args.calibration)
+        or args.seqlen < 2
+        or not 0 <= args.seed < 2**63
+    ):
         cli.error(
-            "--nsamples must be at least the number of --calibration texts, --seqlen at least 2, "
-            "and --seed at least 0 and below 2**63"
+            "each text of --calibration must be given once, --nsamples must be at least their "
+            "number, --seqlen at least 2, and --seed at least 0 and below 2**63"
         )
     with eval_ppl.exit_without_traceback("admm_prune.py"):
         prune_and_save(args)
