@@ -107,8 +107,8 @@ def prune_weight(
             kept = select_mask(U, sparsity, pattern, progress)
         Z = torch.where(kept, U, 0)
         U -= Z
-        # On a GPU, TF32 is faster than float32. Its 11 bits change the error of a layer by less
-        # than 0.5 %. For a torch before 2.9, leave out the `with`.
+        # On a GPU, TF32 rounds to 11 bits. This changes the error of a layer by less than 0.5 %.
+        # For a torch before 2.9, leave out the `with`.
         with torch.backends.flags(fp32_precision="tf32"):
             V = W0 + (Z - U - W0) @ R
     return (torch.where(kept, V, 0) / d).to(weight.dtype)
@@ -117,8 +117,8 @@ def prune_weight(
 def feature_norms(gram: Tensor) -> Tensor:
     """Return the norms of the input features, (in_features,), each at least 3 % of their mean.
 
-    The floor is our difference from the paper. The pruned weight is divided by these norms, so that
-    with N:M, the weights of features that are hardly ever active could become huge without it.
+    The floor is our difference from the paper. Without it, N:M could give huge weights to features
+    that are almost never active, since the pruned weight is divided by these norms.
     """
     norms = gram.diagonal().sqrt()
     return norms.clamp(min=0.03 * float(norms.mean()) + 1e-12)  # 1e-12: all of them may be 0
@@ -204,8 +204,6 @@ def wanda(
 
     ||x|| is the norm of an input feature (Sun et al., ICLR 2024, arXiv 2306.11695).
     """
-    if gram.shape != (weight.shape[1], weight.shape[1]):
-        raise ValueError(f"gram is {tuple(gram.shape)}, but in_features is {weight.shape[1]}")
     if pattern is None:
         # Each row is one group, of which at least one entry is kept.
         pattern = (max(weight.shape[1] - round(sparsity * weight.shape[1]), 1), weight.shape[1])
@@ -249,8 +247,7 @@ def leave_routers_dense(block: int, name: str) -> dict | None:
     return {} if routers.isdisjoint(name.split(".")) else None
 
 
-# These decorators undo what a caller may have switched on. Autocast, for example, would compute in
-# 16 bits.
+# These decorators undo what a caller may have switched on, such as autocast to 16 bits.
 @torch.inference_mode(False)
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
@@ -373,8 +370,7 @@ def prune_layer(
     with eval_ppl.note(f"layer {name}"):
         if not layer.gram.isfinite().all():
             raise ValueError("the inputs are NaN or infinite")
-        # A copy, which the method may change, contiguous also where the model has the weight
-        # transposed.
+        # A copy, which the method may change. GPT-2 has its weights transposed.
         weight = layer.weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         weight *= row_scales
         pruned = prune(weight, layer.gram, **arguments)
@@ -556,7 +552,8 @@ class Product:
 
     weight: Tensor  # W, a view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    edge: torch.autograd.graph.GradientEdge | None  # of the output; for the probe, None elsewhere
+    # The output in autograd's graph. None without gradients, and for parts of experts.
+    edge: torch.autograd.graph.GradientEdge | None
 
 
 class ProductRecorder(torch.overrides.TorchFunctionMode):
@@ -681,8 +678,8 @@ def check_prunable(model: transformers.PreTrainedModel, tokens: Tensor) -> None:
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError("the model lies on several devices: load it without device_map")
     uses = Counter(tensor.data_ptr() for tensor in model.state_dict().values())
-    weights = [p for p in eval_ppl.find_blocks(model).parameters() if p.ndim > 1]
-    if any(uses[weight.data_ptr()] > 1 for weight in weights):
+    parameters = eval_ppl.find_blocks(model).parameters()
+    if any(uses[p.data_ptr()] > 1 for p in parameters if p.ndim > 1):
         raise ValueError(
             "the model uses a weight of a block in several places: give each place its own"
         )
@@ -742,7 +739,7 @@ def record_calls(
         states.append(states_of(output).to("cpu", copy=True))
 
     with (
-        eval_ppl.note("in a forward of the whole model"),
+        eval_ppl.note(f"in {type(model).__name__} of transformers {transformers.__version__}"),
         eval_ppl.offload_blocks(model, device),
         ExitStack() as hooks,
     ):

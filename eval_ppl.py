@@ -50,20 +50,18 @@ def perplexity(
     check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
-    model_on_device = moved(tensors_of(model), device)
     windows_at_once = 1
     if device.type == "cuda":
+        # Blocks visit the GPU in turn. More windows at once need fewer visits. Half of the free
+        # memory is for what the loss needs: the logits, three times in float32, and as much again.
         free = torch.cuda.mem_get_info(device)[0]  # bytes
-        # The loss needs a window's logits three times in float32, 4 bytes each. As much again is
-        # for what a block computes.
         vocab_size = model.config.get_text_config(decoder=True).vocab_size
-        window_bytes = 4 * 4 * tokens.shape[1] * vocab_size
-        if sum(tensor.nbytes for tensor in tensors_of(model)) + window_bytes > free:
-            # The model visits the device block by block. More windows at once need fewer visits.
-            model_on_device = offload_blocks(model, device)
-            windows_at_once = max(1, free // 2 // window_bytes)
+        windows_at_once = max(1, free // 2 // (4 * 4 * tokens.shape[1] * vocab_size))
     losses = []
-    with model_on_device, note(f"with {windows_at_once} windows at once"):
+    with (
+        offload_blocks(model, device),
+        note(f"in {type(model).__name__}, with {windows_at_once} windows at once"),
+    ):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
             logits = model(windows, use_cache=False).logits  # (windows, seqlen, vocabulary)
             losses += [
@@ -140,14 +138,10 @@ def offload_blocks(model: PreTrainedModel, device: torch.device):
 
 
 def select_device(name: torch.device | str | None = None) -> torch.device:
-    """Return the device, by default CUDA if there is a GPU, else the CPU, or raise a ValueError."""
+    """Return the device, by default CUDA if there is a GPU, else the CPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device  # with its index, such as cuda:0 for "cuda"
-    except (AssertionError, ImportError, RuntimeError) as error:
-        # Which of these it is depends on how PyTorch was built.
-        raise ValueError(f"device {name} cannot be used: {error}") from error
+    return torch.empty(0, device=name).device  # with its index, such as cuda:0 for "cuda"
 
 
 # ------------------------------------------------------------------------------------ loading
@@ -213,10 +207,10 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
     .gguf file.
     """
     config = transformers.AutoConfig.from_pretrained(**locate(name))
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not is_causal:
+    # Some types are in both mappings. A model of the text alone would be saved without the rest.
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         auto_model = transformers.AutoModelForImageTextToText
-    elif is_causal or hasattr(config, "auto_map"):  # a model with code of its own
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):  # own code
         auto_model = transformers.AutoModelForCausalLM
     else:
         raise ValueError(f"transformers has no causal language model of type {config.model_type}")
@@ -232,6 +226,8 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
         model, info = auto_model.from_pretrained(**arguments, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(f"{name} lacks weights, such as {min(info['missing_keys'])}")
+    if info["unexpected_keys"]:
+        print(f"not loaded, nor saved: tensors such as {min(info['unexpected_keys'])}", flush=True)
     return model
 
 
@@ -302,8 +298,9 @@ def note(text: str):
 def exit_without_traceback(program: str):
     """Exit with the message and the notes of an error, but without its traceback.
 
-    This is for errors that arguments, files, the network or memory cause, or a singular matrix.
-    Their types may also be those of a bug, so Python's development mode shows the traceback.
+    This is for errors that arguments, files, the network or memory cause, a singular matrix, or a
+    model's own forward. Their types may also be those of a bug, so Python's development mode shows
+    the traceback.
     """
     try:
         yield
@@ -312,6 +309,8 @@ def exit_without_traceback(program: str):
         OSError,
         ImportError,
         RuntimeError,
+        AttributeError,  # of Llama 4 in transformers 5.24
+        AssertionError,  # of a torch without CUDA
         MemoryError,
         SafetensorError,
         StrictDataclassError,  # of a configuration
