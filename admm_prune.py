@@ -525,8 +525,7 @@ def probe_block(
         products.clear()  # frees the copies of all X before the backward pass
         bits = torch.randint(2, after.shape, generator=generator, dtype=torch.int8, device="cpu")
         signs = 2 * bits.to(after) - 1
-        # The gradient at `before` is not used. It is asked for since a block of only experts has no
-        # edges, and autograd refuses an empty list.
+        # A block of only experts has no edges. Autograd refuses an empty list, hence `before`.
         gradients = torch.autograd.grad(after, [*edges.values(), before], signs, allow_unused=True)
         for name, gradient in zip(edges, gradients[:-1], strict=True):
             if gradient is not None:  # None: the output is not used
@@ -568,9 +567,8 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
     def __init__(self, block: nn.Module):
         super().__init__()
         self.products: dict[str, Product] = {}
-        # A weight is identified by (address, number of entries). For example, x @ W.T has a new
-        # tensor W.T, but at the address of W. A slice W[:10] has that address, too, but fewer
-        # entries, so that its products are not recorded.
+        # A weight is identified by its address and its number of entries. W.T is a new tensor with
+        # the same ones. A slice such as W[:10] has fewer entries; its products are not recorded.
         self.names: dict[tuple[int, int], tuple[str, bool]] = {}  # name, and whether an expert
         for name, module in block.named_modules():
             # Conv1D is the linear layer of GPT-2. A weight that a module computes anew in each

@@ -527,14 +527,14 @@ def test_the_readmes_whole_model_is_pruned_and_keeps_its_zeros_in_fine_tuning(
     monkeypatch.chdir(tmp_path)
     make_model("gpt2").save_pretrained("dense")
     hf.AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained("dense")
-    whole, fine_tuning, *_ = readme_snippets()
-    whole = whole.replace("facebook/opt-6.7b", "dense").replace("2048", "64")
+    whole = readme_snippets()[0].replace("facebook/opt-6.7b", "dense").replace("2048", "64")
+    whole, after_each_step = re.split("(?=for p, mask)", whole.replace("c4", f"{folder}/test.txt"))
     train = (
         "model(tokens, labels=tokens).loss.backward()\n"
         "torch.optim.SGD(model.parameters(), lr=1.0).step()\n"
     )
     scope = {"torch": torch}
-    exec(whole.replace("c4", f"{folder}/test.txt") + fine_tuning.replace("#", train + "#"), scope)
+    exec(whole + train + after_each_step, scope)
     trained = dict(scope["model"].named_parameters())
     for name, p in eval_ppl.load_model("pruned").named_parameters():
         if p.ndim > 1:
@@ -543,15 +543,31 @@ def test_the_readmes_whole_model_is_pruned_and_keeps_its_zeros_in_fine_tuning(
             assert zeros < 0.01 or zeros == pytest.approx(0.6, abs=1e-3), name
 
 
-def test_the_readmes_snippets_print_what_they_promise(capsys):
-    number = r"\d+\.\d+"
+NUMBER = r"\d+\.\d+(?!})"  # but for that of {"sparsity": 0.0}
+
+
+def prune_as_published(call, states, dense_states, prune, options):
+    dense_after = [call(before) for before in dense_states]
+    for name, layer in ap.collect_layers(call, states).items():
+        ap.prune_layer(call.index, name, layer, prune, options)
+    return [], dense_after
+
+
+def test_the_readmes_snippets_print_what_they_promise(capsys, monkeypatch):
+    layer, blocks = readme_snippets()[1:]
+    promised = [float(n) for n in re.findall(NUMBER, layer.split("prints")[1])]
+    promised += [float(n) for n in re.findall(NUMBER, blocks.split("prints")[1])]
     scope = {}
-    for snippet in readme_snippets()[2:]:
-        exec(snippet, scope)
-        promised = re.findall(number, snippet.split("# prints")[1])
-        printed = re.findall(number, capsys.readouterr().out)
-        assert list(map(float, printed)) == pytest.approx(list(map(float, promised)), abs=1e-4)
-    assert len(promised) == 11  # of the last snippet
+    exec(layer + blocks, scope)
+    printed = re.findall(NUMBER, capsys.readouterr().out)
+    # The closing layer is left dense, or only corrected.
+    for down in ("None", "{'sparsity': 0.0}"):
+        exec(blocks.replace("name: {}", f"name: {down} if name == 'down' else {{}}"), scope)
+        printed += re.findall(NUMBER, capsys.readouterr().out)[:2]
+    monkeypatch.setattr(ap, "prune_block_aware", prune_as_published)
+    exec(blocks, scope)
+    printed += re.findall(NUMBER, capsys.readouterr().out)[:2]
+    assert list(map(float, printed)) == pytest.approx(promised, abs=1e-4)
 
 
 # --------------------------------------------------------------------------- block-aware pruning

@@ -86,7 +86,7 @@ def main() -> None:
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 14})
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
     rows = read_rows()
-    main_row = rows["as above"]  # 60 % zeros and 8 sequences
+    main_row = rows["60 % zeros, 8 sequences"]
     zeros = {50: rows["50 % zeros"], 60: main_row, 70: rows["70 % zeros"]}
     draw(left, "% of zeros, with 8 calibration sequences", "linear", zeros)
     left.set_xlim(49, 79)

@@ -10,10 +10,11 @@
 #
 # The arguments are the model, the number of calibration sequences, and further ones of
 # admm_prune.py, with paths from the folder of the project. With PART=rows, --block-aware has only
-# its row weights (the closing layer is pruned with the others), with PART=correction, only its
-# correction, with PART=plain_rows, row weights without the mean, and with PART=small_ridge, a tenth
-# of the ridge. Needed are what the README's first commands install, the hub for WikiText-2, Python
-# 3.11.7 for the same texts, and unzip for Qwen.
+# its row scales (the closing layer is pruned with the others), with PART=correction, only its
+# correction, with PART=plain_rows, row scales without the mean, and with PART=small_ridge, a tenth
+# of the ridge. With a clone of https://github.com/mazumder-lab/ALPS in the folder of the project,
+# `--method alps` is its released code. Needed are what the README's first commands install, the hub
+# for WikiText-2, Python 3.11.7 for the same texts, and unzip for Qwen.
 #
 # Calibration text is WikiText-2's validation split, with <unk> deleted, and the first half (45,660
 # tokens) of the topics of Python's help(). With 128 sequences, many overlap. Test texts are
@@ -47,8 +48,10 @@ fi
 out=$(mktemp -d -p . pruned-XXXX)/model
 python - --model "$model" --calibration wiki.txt help --nsamples "$nsamples" --save "$out" "$@" <<'EOF'
 import os
+from pathlib import Path
 
 import torch
+from torch import nn
 
 import admm_prune
 
@@ -62,9 +65,26 @@ def probe_without_mean(*args):
 
 
 def correct_with_small_ridge(weight, gram, EtX):
-    diagonal = gram.diagonal() + 0.1 * admm_prune.feature_norms(gram) ** 2
-    L = torch.linalg.cholesky(gram.diagonal_scatter(diagonal))
-    return weight + EtX @ torch.cholesky_inverse(L)
+    ridge = 0.1 * admm_prune.feature_norms(gram) ** 2
+    L = torch.linalg.cholesky(gram.diagonal_scatter(gram.diagonal() + ridge))
+    return weight + torch.cholesky_solve(EtX.T, L).T
+
+
+def alps(weight, gram, sparsity, pattern):
+    layer = nn.utils.skip_init(nn.Linear, *weight.mT.shape)
+    layer.weight.data = weight
+    pruner = released["ALPS_prune"](layer, nsamples=0, seqlen=0)
+    pruner.XtX = gram.clone()
+    pruner.ALPS_admm(sparsity, *(pattern or ()))
+    return layer.weight.data
+
+
+released = {}
+path = Path("ALPS/alps.py")
+if path.exists():
+    exec(path.read_text().replace("cuda:0", "cpu"), released)
+    torch.cuda.synchronize = lambda: None  # it calls this on a CPU, too
+    admm_prune.METHODS["alps"] = alps
 
 
 part = os.environ.get("PART", "both")
