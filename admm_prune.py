@@ -325,7 +325,7 @@ class Layer:
         in_features = weight.shape[1]
         self.weight = weight  # W, a view of the weight in the model, (out_features, in_features)
         self.num_tokens = 0
-        self.gram = torch.zeros(in_features, in_features, device=weight.device)  # X^T X
+        self.gram = weight.new_zeros(in_features, in_features, dtype=torch.float32)  # X^T X
 
     def add(self, X: Tensor) -> None:
         """Add inputs X, (tokens, in_features) float32, to the sums."""

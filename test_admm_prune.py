@@ -780,9 +780,11 @@ def test_what_a_caller_has_switched_on_changes_nothing():
         return ap.prune_weight(weight, gram)
 
     torch.set_autocast_enabled("cuda", True)  # as `torch.autocast` does where there is a GPU
+    torch.set_default_dtype(torch.float64)
     with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         assert prune_tiny(model, prune, block_aware=True, tokens=tokens) == results
     torch.set_autocast_enabled("cuda", False)
+    torch.set_default_dtype(torch.float32)
     assert not any(autocast)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
