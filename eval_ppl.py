@@ -53,7 +53,7 @@ def perplexity(
     windows_at_once = 1
     if device.type == "cuda":
         # Blocks visit the GPU in turn. More windows at once need fewer visits. Half of the free
-        # memory is for what the loss needs: the logits, three times in float32, and as much again.
+        # memory is for the logits, of which the loss needs about four copies in float32.
         free = torch.cuda.mem_get_info(device)[0]  # bytes
         vocab_size = model.config.get_text_config(decoder=True).vocab_size
         windows_at_once = max(1, free // 2 // (4 * 4 * tokens.shape[1] * vocab_size))
@@ -122,7 +122,7 @@ def offload_blocks(model: PreTrainedModel, device: torch.device):
     """
     blocks = find_blocks(model)
     with (
-        moved(set(tensors_of(model)) - set(tensors_of(blocks)), device),  # sets by identity
+        moved(set(tensors_of(model)) - set(tensors_of(blocks)), device),  # tensors hash by identity
         ExitStack() as block_on_device,
         ExitStack() as hooks,
     ):
@@ -179,7 +179,7 @@ def locate(name: str) -> dict:
 
 
 def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
-    """Return the tokenizer of a model, and the BOS token that is to begin each sequence, or None.
+    """Return the tokenizer of a model, and the id of the BOS token to begin with, or None.
 
     Args:
         name: as in `locate`.
@@ -207,10 +207,10 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
     .gguf file.
     """
     config = transformers.AutoConfig.from_pretrained(**locate(name))
-    # Some types are in both mappings. A model of the text alone would be saved without the rest.
+    # Some types are in both mappings. Their text model would be saved without the rest.
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         auto_model = transformers.AutoModelForImageTextToText
-    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):  # own code
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
         auto_model = transformers.AutoModelForCausalLM
     else:
         raise ValueError(f"transformers has no causal language model of type {config.model_type}")
@@ -298,9 +298,9 @@ def note(text: str):
 def exit_without_traceback(program: str):
     """Exit with the message and the notes of an error, but without its traceback.
 
-    This is for errors that arguments, files, the network or memory cause, a singular matrix, or a
-    model's own forward. Their types may also be those of a bug, so Python's development mode shows
-    the traceback.
+    This is for errors from arguments, files, network, memory, singular matrices or the model's own
+    forward. Their types may also be those of a bug, so Python's development mode shows the
+    traceback.
     """
     try:
         yield
@@ -309,8 +309,8 @@ def exit_without_traceback(program: str):
         OSError,
         ImportError,
         RuntimeError,
-        AttributeError,  # of Llama 4 in transformers 5.24
-        AssertionError,  # of a torch without CUDA
+        AttributeError,  # Llama 4 in transformers 5.24 raises it
+        AssertionError,  # a torch without CUDA raises it
         MemoryError,
         SafetensorError,
         StrictDataclassError,  # of a configuration

@@ -1462,7 +1462,7 @@ def test_a_killed_run_leaves_no_model_and_the_next_one_says_so(
     }
     with pytest.raises((OSError, ValueError)):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert "to a run that still goes on, or that was killed" in run(*arguments)
+    assert "(a run that was killed leaves a folder without" in run(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -1503,6 +1503,8 @@ def test_tensors_get_back_the_dtypes_in_which_they_were_loaded(folder, tmp_path,
     arguments = ("--method", "mine", "--model", tmp_path / "model", "--save", out)
     assert run(monkeypatch, folder, *arguments) is None
     assert states[-1][0].dtype == torch.float32
+    ap.METHODS["mine"] = lambda weight, gram, **_: weight * 1e9
+    assert "overflow in 16 bits: use --dtype" in run(monkeypatch, folder, *arguments[:-1], "large")
     for name, tensor in load_file(out / "model.safetensors").items():
         assert tensor.dtype == (torch.float32 if "layernorm" in name else torch.float16)
 
