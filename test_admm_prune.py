@@ -1409,7 +1409,7 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch):
             "while reading latin1.txt; a text file in UTF-8 can be given",
         ),
         (["--calibration", "short.txt"], "short.txt lacks text for 8 sequences of 64 tokens"),
-        (["--save", "full"], "File exists: 'full'\nchoose another --save;"),
+        (["--save", "full"], "File exists: 'full'\nchoose another --save (a run"),
         (["--save", "too large"], "the disk of too large has no room for the model"),
         (["--save", "n" * 256], "File name too long"),
         (["--save", "short.txt/out"], "Not a directory: 'short.txt/out'"),
