@@ -423,8 +423,8 @@ def test_the_released_code_in_our_loop_gives_our_model(
         pruner.fasterprune(sparsity, *pattern)
         return layer.weight.data
 
-    # Ours does three things as the released codes do them. Norms have no floor. Numbers of zeros are
-    # cut where we round them, and without N:M, SparseGPT then adds one.
+    # Ours does three things as the released codes do them. Norms have no floor. Zeros are rounded
+    # down where we round them, and without N:M, SparseGPT then adds one.
     monkeypatch.setattr(ap, "feature_norms", lambda gram: gram.diagonal().sqrt() + 1e-8)
     one_more = method == "sparsegpt" and "sparsity" in amount
     monkeypatch.setattr(ap, "round", lambda number: int(number) + one_more, raising=False)
