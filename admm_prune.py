@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -147,7 +146,7 @@ def select_mask(
         if not 0 < N <= M:
             raise ValueError(f"pattern must be (N, M) with 0 < N <= M, got {pattern}")
         if scores.shape[1] % M:
-            raise ValueError(f"{scores.shape[1]} columns are not divisible by {M=}")
+            raise ValueError(f"in_features={scores.shape[1]} is not divisible by {M=}")
         sparsity = 1 - N / M
         groups = scores.unflatten(1, (-1, M))  # (out, in / M, M)
         # With infinity as their scores, the N largest of each group are not among the smallest.
@@ -172,6 +171,7 @@ def sparsegpt(
     the mask is selected for 128 columns at a time, or for one group of a pattern, and features that
     were never active lose all their weights, even beyond the sparsity asked for.
     """
+    select_mask(weight[:1], sparsity, pattern)  # raises a ValueError if these are invalid
     W = weight.float().clone()  # (out, in)
     diagonal = gram.float().diagonal()
     W[:, diagonal == 0] = 0
@@ -265,7 +265,7 @@ def prune_model(
     inputs that the pruned blocks before it give.
 
     These stay dense: layers that `options` leaves dense, experts that no token reaches, and weights
-    that are no factor of a matrix product or `linear`, such as those of convolutions.
+    that are sliced, or used in other ways than matrix products, such as those of convolutions.
 
     Args:
         model: a Hugging Face decoder-only model. It is moved to the host, set to evaluation mode,
@@ -348,10 +348,9 @@ def collect_layers(
         _, products = call.record(before)
         products.pop(leave_out, None)
         for name in list(products):
-            product = products.pop(name)  # so that its copy of X is freed
             if name not in layers:
-                layers[name] = Layer(product.weight)
-            layers[name].add(product.X)
+                layers[name] = Layer(products[name].weight)
+            layers[name].add(products.pop(name).X)  # `pop`, so that X is freed
     return layers
 
 
@@ -370,9 +369,8 @@ def prune_layer(
     with eval_ppl.note(f"layer {name}"):
         if not layer.gram.isfinite().all():
             raise ValueError("the inputs are NaN or infinite")
-        # A copy, which the method may change. GPT-2 has its weights transposed.
-        weight = layer.weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        weight *= row_scales
+        # A new tensor, which the method may change. GPT-2 has its weights transposed.
+        weight = (layer.weight.float() * row_scales).contiguous()
         pruned = prune(weight, layer.gram, **arguments)
         if pruned.shape != layer.weight.shape or not pruned.is_floating_point():
             raise ValueError(
@@ -578,8 +576,9 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
             ):
                 self.names[module.weight.data_ptr(), module.weight.numel()] = (name, False)
         for name, parameter in block.named_parameters():
-            # By this heuristic, a parameter of three dimensions is a stack of experts.
-            if parameter.ndim == 3:
+            # By this heuristic, a parameter of three dimensions, none of them 1, is a stack of
+            # experts. Mamba's convolution, (channels, 1, width), would be thousands of them.
+            if parameter.ndim == 3 and min(parameter.shape) > 1:
                 for index, expert in enumerate(parameter):
                     self.names[expert.data_ptr(), expert.numel()] = (f"{name}.{index}", True)
 
@@ -679,8 +678,7 @@ def check_prunable(model: transformers.PreTrainedModel, tokens: Tensor) -> None:
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError("the model lies on several devices: load it without device_map")
     uses = Counter(tensor.data_ptr() for tensor in model.state_dict().values())
-    parameters = eval_ppl.find_blocks(model).parameters()
-    if any(uses[p.data_ptr()] > 1 for p in parameters if p.ndim > 1):
+    if any(uses[p.data_ptr()] > 1 for p in eval_ppl.find_blocks(model).parameters() if p.ndim > 1):
         raise ValueError(
             "the model uses a weight of a block in several places: give each place its own"
         )
@@ -862,7 +860,11 @@ def prune_and_save(args: argparse.Namespace) -> None:
         raise
     model.save_pretrained(folder)
     (folder / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
-    matrices = [p for p in eval_ppl.find_blocks(model).parameters() if p.ndim > 1]
+    matrices = [
+        parameter
+        for name, parameter in eval_ppl.find_blocks(model).named_parameters()
+        if parameter.ndim > 1 and "bias" not in name  # the biases of experts are stacked, too
+    ]
     zeros = sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices)
     print(
         f"{zeros:.2%} of the weights in the blocks are zero, from {len(report['layers'])} layers; "
@@ -916,7 +918,6 @@ def load_and_prune(
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError("the pruned weights overflow in 16 bits: use --dtype float32")
     return model, {
-        # The values that were used stand in place of the defaults.
         "arguments": vars(args)
         | {
             "sparsity": None if args.pattern else args.sparsity,
@@ -931,11 +932,10 @@ def load_and_prune(
 
 def parse_pattern(text: str) -> tuple[int, int]:
     """Return (N, M) for the text "N:M"; raise an ArgumentTypeError unless 0 < N <= M."""
-    if re.fullmatch(r"\d+:\d+", text):
-        N, M = map(int, text.split(":"))
-        if 0 < N <= M:
-            return N, M
-    raise argparse.ArgumentTypeError(f"must be N:M with 0 < N <= M, got {text}")
+    N, _, M = text.partition(":")
+    if not (N.isdecimal() and M.isdecimal() and 0 < int(N) <= int(M)):
+        raise argparse.ArgumentTypeError(f"must be N:M with 0 < N <= M, got {text}")
+    return int(N), int(M)
 
 
 def main() -> None:

@@ -308,7 +308,7 @@ def test_a_layer_whose_inputs_are_all_zero_loses_nothing(method):
         assert pruned.isfinite().all() and ap.measure_error(make_layer()[0], pruned, gram) == 0
 
 
-@pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (4, 8), (3, 5)])
+@pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (4, 8), (3, 5), (4, 4)])
 def test_the_largest_n_of_each_m_survive(n, m):
     # The masks of admm-grad and sparsegpt are compared entry by entry in other tests.
     W, X = make_layer(out=12, columns=40)
@@ -325,7 +325,7 @@ def test_the_largest_n_of_each_m_survive(n, m):
     [
         (ap.METHODS, {"pattern": (0, 4)}, "pattern must be"),
         (ap.METHODS, {"pattern": (4, 2)}, "pattern must be"),
-        (ap.METHODS, {"pattern": (2, 3)}, "columns are not divisible by M=3"),
+        (ap.METHODS, {"pattern": (2, 3)}, "in_features=40 is not divisible by M=3"),
         (ap.METHODS, {"sparsity": 1}, "sparsity must"),
         (
             ["admm-grad"],
@@ -361,7 +361,7 @@ def test_the_solver_runs_as_a_copy():
 # -------------------------------------------------------------------------------------- baselines
 
 
-@pytest.mark.parametrize("sparsity, kept", [(0.25, 30), (0.99, 1)])  # of 40; one always stays
+@pytest.mark.parametrize("sparsity, kept", [(0, 40), (0.25, 30), (0.99, 1)])  # one always stays
 def test_wanda_ranks_each_row_by_weight_times_norm(sparsity, kept):
     W, X = make_layer()
     mask = reference_mask(W.abs() * X.norm(dim=0), 0, (kept, 40))
@@ -706,7 +706,7 @@ def dense_model(request):
 def test_perplexity_is_that_of_the_models_own_forward(dense_model):
     own = pytest.approx(own_perplexity(dense_model, make_tokens()), rel=1e-4)
     assert eval_ppl.perplexity(dense_model, make_tokens(), "cpu") == own
-    # As on a GPU that is too small for the model: blocks visit it, with several windows at once.
+    # As on a GPU, with several windows at once.
     with eval_ppl.offload_blocks(dense_model, "cpu"), torch.no_grad():
         logits = dense_model(make_tokens(), use_cache=False).logits[:, :-1].flatten(0, 1)
     loss = nn.functional.cross_entropy(logits, make_tokens()[:, 1:].flatten())
@@ -756,7 +756,7 @@ def test_a_block_may_change_tensors_in_place(block_aware):
     def multiply_in_place(mlp, x):
         product = nn.functional.silu(mlp.gate_proj(x)).mul_(mlp.up_proj(x))
         x.data.zero_()
-        return mlp.down_proj(product)
+        return torch.mm(product[0], mlp.down_proj.weight.T)[None]
 
     def destroy_input(layer, args, output):
         args[0].data.zero_()
@@ -774,10 +774,9 @@ def test_what_a_caller_has_switched_on_changes_nothing():
     expected, model = make_model(), make_model()
     results = prune_tiny(expected, block_aware=True)
     tokens = make_tokens()
-    autocast = []
 
     def prune(weight, gram):
-        autocast.append(torch.is_autocast_enabled("cuda"))
+        assert not torch.is_autocast_enabled("cuda")
         return ap.prune_weight(weight, gram)
 
     torch.set_autocast_enabled("cuda", True)  # as `torch.autocast` does where there is a GPU
@@ -786,7 +785,6 @@ def test_what_a_caller_has_switched_on_changes_nothing():
         assert prune_tiny(model, prune, block_aware=True, tokens=tokens) == results
     torch.set_autocast_enabled("cuda", False)
     torch.set_default_dtype(torch.float32)
-    assert not any(autocast)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
@@ -808,6 +806,12 @@ EXACT = ("linalg_cholesky", "none"), ("cholesky_inverse", "none")
         (lambda W, X, gram: ap.measure_error(W, W, gram), {("matmul", "none")}),
         (lambda W, X, gram: ap.Layer(W).add(X), {("addmm", "tf32")}),
         (lambda W, X, gram: ap.sparsegpt(W, gram), {*EXACT, ("matmul", "none")}),
+        (
+            lambda W, X, gram: ap.collect_closing_layer(
+                ap.BlockCall(0, nn.Linear(40, 24), (), {}), "", [X[None]], [X[None, :, :24]]
+            ),
+            {("addmm", "tf32")},
+        ),
         (
             lambda W, X, gram: ap.correct_weight(W, gram, W),
             {EXACT[0], ("cholesky_solve", "none")},
@@ -834,8 +838,10 @@ def test_products_that_are_no_layers_are_left_out():
     block = nn.ParameterDict({"stack": torch.rand(4, 8, 6)})
     block["up"] = nn.Linear(6, 8)
     with ap.ProductRecorder(block) as recorder:
-        torch.rand(4, 6) @ block["stack"].mT  # not one token for each expert
-        torch.mm(torch.rand(2, 3), mat2=torch.rand(3, 2))
+        (torch.rand(4, 6) @ block["stack"].mT)[:1] @ block["stack"]  # not of one expert each
+        torch.mm(
+            nn.functional.linear(torch.rand(2, 6), weight=torch.rand(3, 6)), mat2=torch.rand(3, 2)
+        )
         nn.functional.linear(torch.rand(2, 6), block["up"].weight[:4])  # begins where it begins
     assert not recorder.products
 
@@ -846,6 +852,7 @@ def test_products_that_are_no_layers_are_left_out():
         # Five layers have inputs of 1 MiB in each sequence. Their copies are gone before the next
         # sequence comes, and before a backward pass begins.
         (True, 1024, 256, 8, 18),
+        (False, 1024, 8, 1024, 18),
         # Five layers have Gram matrices of 1 MiB. These are gone when down_proj is pruned, whose
         # Gram matrix is larger.
         (False, 8, 512, 768, 14.5),
@@ -952,20 +959,18 @@ def hand_on(model, share=0.01, first_token=1):
     down[2].register_forward_hook(lambda _, args, output: output + share * down[0].kept)
 
 
-def call_block_2_first(model):
-    # Block 0 calls it. Three blocks are called, as there are, but in another order.
-    def call(block, args, kwargs):
-        model.model.layers[2](*args, **kwargs)
-
-    model.config.num_hidden_layers = 2
-    model.model.layers[0].register_forward_pre_hook(call, with_kwargs=True)
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
-        (call_block_2_first, "the model does not call its 3 blocks one after the other"),
+        (  # block 0 calls block 1; so three are called, as there are, but in another order
+            lambda m: [
+                setattr(m.config, "num_hidden_layers", 2),
+                setattr(m.model.layers[0], "forward", m.model.layers[1].__call__),
+            ],
+            "the model does not call its 3 blocks one after the other",
+        ),
         (hand_on, "after block 2 differ by .* if it is called alone"),
+        (lambda m: hand_on(m, 1e-3), "after block 2 differ by .* if it is called alone"),
         (lambda m: hand_on(m.bfloat16(), 0.1), "after block 2 differ by .* if it is called alone"),
         (  # the first token would hide the others in a norm over all tokens
             lambda m: hand_on(m, first_token=1e5),
@@ -1235,8 +1240,6 @@ def test_several_calibration_texts_take_turns(folder, tmp_path, monkeypatch, tok
     for i, name in enumerate(names):
         alone = ap.calibration_tokens(name, tokenizer, 3 - i, 63)
         assert torch.equal(tokens[i::2], alone)
-        windows = torch.tensor(tokenizer(eval_ppl.read_text(name, "")).input_ids).unfold(0, 63, 1)
-        assert all((windows == row).all(1).any() for row in alone)
 
 
 def test_the_defaults_of_the_command_lines(monkeypatch):
@@ -1264,6 +1267,7 @@ def test_the_defaults_of_the_command_lines(monkeypatch):
     "kind, flags, begins",
     [
         ("gemma3_text", [], True),
+        ("gemma2", [], True),
         ("gemma2", ["--no-bos"], False),
         ("llama", [], False),
         ("llama", ["--bos"], True),
@@ -1385,7 +1389,10 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--sparsity", "1.5"], "error: --sparsity must be at least 0 and below 1, got 1.5"),
+        (["--sparsity", "1"], "error: --sparsity must be at least 0 and below 1, got 1.0"),
+        (["--sparsity=-0.1"], "error: --sparsity must be at least 0 and below 1, got -0.1"),
+        (["--seqlen", "1"], "--seqlen at least 2"),
+        (["--seed=-1"], "and --seed at least 0 and below 2**63"),
         (["--pattern", "4:2"], "--pattern: must be N:M with 0 < N <= M, got 4:2"),
         (["--pattern", "0:4"], "--pattern: must be N:M with 0 < N <= M, got 0:4"),
         (["--pattern=2:-4"], "--pattern: must be N:M with 0 < N <= M, got 2:-4"),
@@ -1402,7 +1409,7 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch):
         ),
         (
             ["--pattern", "3:5"],
-            "32 columns are not divisible by M=5\nlayer self_attn.q_proj\nwhile pruning block 0",
+            "in_features=32 is not divisible by M=5\nlayer self_attn.q_proj\nwhile pruning block 0",
         ),
         (["--device", "gpu"], "device type at start of device string: gpu"),
         (
