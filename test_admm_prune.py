@@ -488,10 +488,12 @@ def test_options_give_each_layer_its_own_sparsity_or_leave_it_as_it_is(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama4_text", "phimoe", "qwen2_moe", "jetmoe"])
-def test_routers_stay_dense_unless_options_say_otherwise(kind):
+def test_routers_stay_dense_unless_options_say_otherwise(monkeypatch, kind):
+    probes = spy(monkeypatch, "probe_block")
     assert ap.leave_routers_dense(0, "mlp.router_gate") is None  # Doge
     default = ap.prune_model(make_model(kind), make_tokens(), ap.wanda, device="cpu")
     every = prune_tiny(make_model(kind), ap.wanda, options=lambda block, name: {})
+    assert not probes  # block-aware pruning is off by default
     names = {result["name"] for result in every}
     routers = {name for name in names if re.search("router|gate$", name)}
     assert routers and names - {result["name"] for result in default} == routers
@@ -1213,6 +1215,8 @@ def run(monkeypatch, folder, *arguments):
 def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ("--pattern", "2:4", "--method", "magnitude", "--nsamples", 6)
+    room = sum(p.nbytes for p in make_model().bfloat16().parameters())  # just enough
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=room))
     assert run(monkeypatch, folder, *arguments) is None
     out = tmp_path / "tiny-magnitude-2of4"
     assert list(tmp_path.iterdir()) == [out]
