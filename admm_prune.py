@@ -14,9 +14,9 @@ The default is the algorithm of "Fast and Effective Weight Update for Pruned Lar
 our extension, for any method. Its section can be skipped on a first reading.
 
 The file is meant to be read from top to bottom. The solver comes first; it needs torch alone and is
-made to be copied. The baselines follow, and `prune_model`, the loop over the decoder blocks, with
-what it calls for each layer. Then come block-aware pruning, and the machinery: how the inputs of
-layers are recorded, blocks called one by one, the calibration text and the command line.
+made to be copied. Then come the baselines, and `prune_model`, which loops over the decoder blocks.
+Then come block-aware pruning, and the machinery: how the inputs of layers are recorded, blocks
+called one by one, the calibration text and the command line.
 eval_ppl.py measures perplexity; both programs load models and texts with its functions.
 """
 
@@ -80,9 +80,9 @@ def prune_weight(
     d = feature_norms(gram)  # (in,)
     A_rho = (gram / d).div_(d[:, None])  # (in, in)
     A_rho.diagonal().add_(damping * A_rho.diagonal().mean())  # A, the scaled and damped Gram matrix
-    A_rho.diagonal().add_(rho)
+    A_rho.diagonal().add_(rho)  # A + rho I
     L = torch.linalg.cholesky(A_rho)  # A + rho I = L L^T
-    del A_rho  # as large as G
+    del A_rho  # frees memory, as much as G has
     R = torch.cholesky_inverse(L).mul_(rho)  # rho (A + rho I)^-1
     del L
     W0 = weight.float() * d  # (out, in)
@@ -116,8 +116,8 @@ def prune_weight(
 def feature_norms(gram: Tensor) -> Tensor:
     """Return the norms of the input features, (in_features,), each at least 3 % of their mean.
 
-    The paper has no such floor. Without it, N:M could give huge weights to features that are almost
-    never active, since the pruned weight is divided by these norms.
+    The paper has no such floor. The pruned weight is divided by these norms, and N:M has to keep N
+    of each M, so that features that are almost never active could get huge weights without it.
     """
     norms = gram.diagonal().sqrt()
     return norms.clamp(min=0.03 * float(norms.mean()) + 1e-12)  # 1e-12: all of them may be 0
@@ -239,7 +239,7 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 
 
 def leave_routers_dense(block: int, name: str) -> dict | None:
-    """Return None, which leaves a layer dense, for the routers of mixtures of experts, else {}.
+    """Return None for the routers of mixtures of experts, which leaves them dense, else {}.
 
     This is the default `options` of `prune_model`. Routers are small and choose the experts.
     """
@@ -247,7 +247,7 @@ def leave_routers_dense(block: int, name: str) -> dict | None:
     return {} if routers.isdisjoint(name.split(".")) else None
 
 
-# These decorators undo what a caller may have switched on, such as autocast to 16 bits.
+# These decorators disable modes that a caller may have enabled, such as autocast to 16 bits.
 @torch.inference_mode(False)
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
@@ -261,8 +261,8 @@ def prune_model(
 
         prune_model(model, tokens, partial(sparsegpt, sparsity=0.6))
 
-    By default, the layers of a block are pruned while their own block is still dense, for the
-    inputs that the pruned blocks before it give.
+    By default, all layers of a block are pruned for the inputs that they have in the still dense
+    block, after the pruned blocks before it.
 
     These stay dense: layers that `options` leaves dense, experts that no token reaches, and weights
     that are sliced, or used in other ways than matrix products, such as those of convolutions.
@@ -290,13 +290,13 @@ def prune_model(
     check_prunable(model, tokens)
     device = eval_ppl.select_device(device)
     model.cpu().eval()
-    # The inputs of experts cannot be recorded inside of fused kernels.
+    # The inputs of experts cannot be recorded inside fused kernels.
     model.set_experts_implementation("eager")
-    # How the model calls each block, and a check that a block called alone computes the same.
+    # A `BlockCall` calls a block by itself, which is checked to give what it gives in the model.
     calls = record_and_check_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the model that is being pruned.
     states = states_before_blocks(model, tokens, device)
-    dense_states = states if block_aware else None  # those in the dense model
+    dense_states = states if block_aware else None  # the same in the dense model
     results = []
     for call in tqdm(calls, "pruning blocks"):
         with eval_ppl.note(f"while pruning block {call.index}"):
@@ -345,7 +345,7 @@ def collect_layers(
     """
     layers = {}
     for before in states:
-        _, products = call.record(before)
+        _, products = call.record(before)  # weight and inputs X by name
         products.pop(leave_out, None)
         for name in list(products):
             if name not in layers:
@@ -358,10 +358,10 @@ def prune_layer(
     block: int, name: str, layer: Layer, prune: Callable, options: Callable,
     row_scales: Tensor | float = 1.0,
 ) -> list[dict]:  # fmt: skip
-    """Prune a layer in place. Return one result of `prune_model`, or none if it stays dense.
+    """Prune a layer in place. Return a list of its result, which is empty if it stays dense.
 
-    `row_scales`, (out_features, 1), multiply the rows of the weight that `prune` gets. Those of its
-    result are divided by them.
+    `row_scales`, (out_features, 1), are for block-aware pruning. They multiply the rows of the
+    weight that `prune` gets, and divide those of its result.
     """
     arguments = options(block, name)
     if arguments is None:
@@ -401,7 +401,7 @@ def prune_block_aware(
     call: BlockCall, states: list[Tensor], dense_states: list[Tensor], prune: Callable,
     options: Callable,
 ) -> tuple[list[dict], list[Tensor]]:  # fmt: skip
-    """Prune the layers of a block so that the hidden states after it change little. This is ours.
+    """Prune the layers of a block so that the hidden states after it change little.
 
     The *closing layer* of a block is the layer whose output the block adds, unchanged, to the
     hidden states at its end, "mlp.down_proj" in a LLaMA. The other layers are pruned first, each
@@ -459,19 +459,19 @@ def collect_closing_layer(
 
 @torch.no_grad()
 def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
-    """Return W changed so that its output X W^T partly compensates an error E.
+    """Return W corrected so that its output X W^T partly offsets an error E.
 
     E, (tokens, out_features), is what each output lacks. A ridge regression of E on X is added:
 
         W + E^T X (G + diag(d^2))^-1
 
     Since d are the norms of the features (`feature_norms`), the ridge is as large as the diagonal
-    of G itself. With a tenth of it, SmolLM2's WikiText-2 perplexity at 60 % zeros was 44.3 instead
-    of 42.1. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al., ICML
-    2025) correct all layers by such a formula, for their own errors and for quantisation.
+    of G itself. With a tenth of this ridge, SmolLM2's WikiText-2 perplexity at 60 % zeros was 44.3
+    instead of 42.1. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al.,
+    ICML 2025) correct all layers by such a formula, for their own errors and for quantisation.
 
-    Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, all of one
-        float dtype.
+    Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, all in
+        float32 or all in float64.
     """
     d = feature_norms(gram)
     L = torch.linalg.cholesky(gram.diagonal_scatter(gram.diagonal() + d**2))  # of G + diag(d^2)
@@ -486,7 +486,7 @@ def probe_block(
 
     A method gets r W in place of W, with row scales r, and its result is divided by r. So rows that
     matter more keep more entries, if the method ranks entries of different rows together. With a
-    pattern, all rows keep equally many, and r only changes the order in which ADMM prunes them.
+    pattern, all rows keep equally many, and r only changes the order in which ADMM prunes entries.
 
     The probe is a backward pass through the block. It starts from random signs z_k, 1 or -1, one at
     each entry h_k of the hidden states after the block, in place of the gradient of a loss. So the
@@ -501,11 +501,11 @@ def probe_block(
 
         r_i = sqrt(s_i + mean(s)).
 
-    The mean, over the outputs of the layer, keeps r above 0; without it, perplexities are level.
+    The mean, over the outputs of the layer, keeps r above 0. Perplexities are similar without it.
 
     The closing layer is the last layer, in the order of calls, whose gradient equals the signs: a
     sum passes gradients on unchanged. It needs no row scales, since all its outputs move the hidden
-    states alike. The name is None if there is none.
+    states alike. The name is None if no layer qualifies.
 
     `dense_states` are the hidden states of the dense model before the block. The first 8 of them
     are used.
@@ -519,6 +519,7 @@ def probe_block(
         before = dense_state.detach().requires_grad_()
         with torch.enable_grad():
             after, products = call.record(before)
+        # An edge stands for the output of a layer in autograd's graph.
         edges = {name: p.edge for name, p in products.items() if p.edge is not None}
         products.clear()  # frees the copies of all X before the backward pass
         bits = torch.randint(2, after.shape, generator=generator, dtype=torch.int8, device="cpu")
@@ -549,8 +550,7 @@ class Product:
 
     weight: Tensor  # W, a view of the weight in the model, (out_features, in_features)
     X: Tensor  # (tokens, in_features) float32; a copy, since the block may change it in place
-    # The output in autograd's graph. None without gradients, and for parts of experts.
-    edge: torch.autograd.graph.GradientEdge | None
+    edge: torch.autograd.graph.GradientEdge | None  # None without gradients, and for experts
 
 
 class ProductRecorder(torch.overrides.TorchFunctionMode):
@@ -570,7 +570,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         self.names: dict[tuple[int, int], tuple[str, bool]] = {}  # name, and whether an expert
         for name, module in block.named_modules():
             # Conv1D is the linear layer of GPT-2. A weight that a module computes anew in each
-            # forward is no parameter.
+            # forward is not a parameter.
             if isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)) and isinstance(
                 module.weight, nn.Parameter
             ):
@@ -585,7 +585,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         # x @ w, x.matmul(w) and torch.matmul(x, w) have the same __name__. Factors that are keyword
-        # arguments are not seen. One-dimensional factors are no weights.
+        # arguments are not seen. One-dimensional factors are not weights.
         if len(args) > 1 and function.__name__ == "linear":
             self.add(args[0], args[1], output)
         elif (
@@ -797,9 +797,9 @@ def calibration_tokens(
     """Return calibration tokens, (nsamples, seqlen) int64; the same seed gives the same tokens.
 
     For "c4", they are a random crop of each of `nsamples` random documents longer than `seqlen`,
-    from the first file of C4's train split. These are the tokens of SparseGPT, Wanda and the
-    author's code for the same seed and tokenizer. For other texts (`eval_ppl.read_text`, the split
-    "train"), they are random windows, which may overlap.
+    from the first file of C4's train split. These are the tokens of SparseGPT's, Wanda's
+    and Boža's code for the same seed and tokenizer. For other texts, read by `eval_ppl.read_text`
+    as the split "train", they are random windows, which may overlap.
 
     `bos_id`, unless it is None, takes the place of the first token of each sequence.
 
@@ -891,7 +891,7 @@ def load_and_prune(
     )
     tokens = torch.empty(args.nsamples, args.seqlen, dtype=torch.int64)
     for i, source in enumerate(args.calibration):
-        # The texts take turns, so that the first sequences, which the probe uses, have all kinds.
+        # The texts take turns, so that the first sequences, which the probe uses, cover all.
         of_source = tokens[i :: len(args.calibration)]
         of_source[:] = calibration_tokens(
             source, tokenizer, len(of_source), args.seqlen, args.seed, bos_id
@@ -899,7 +899,7 @@ def load_and_prune(
     model = eval_ppl.load_model(args.model, args.dtype)
     model.config.save_pretrained(folder)
     if model.can_generate():
-        model.generation_config.save_pretrained(folder)  # transformers 5.0 raises for some
+        model.generation_config.save_pretrained(folder)  # 5.0 to 5.10 raise for old models
     if sum(p.nbytes for p in model.parameters()) > shutil.disk_usage(folder).free:
         raise ValueError(f"the disk of {folder} has no room for the model")
     # A checkpoint may mix dtypes. Each tensor gets back its own in the end.
