@@ -94,7 +94,7 @@ admm_prune.probe_block = {
     "both": probe,
     "small_ridge": probe,
     "rows": lambda *args: (probe(*args)[0], None),  # no closing layer
-    "correction": lambda *args: ({}, probe(*args)[1]),  # no row weights
+    "correction": lambda *args: ({}, probe(*args)[1]),  # no row scales
     "plain_rows": probe_without_mean,
 }[part]
 admm_prune.main()
