@@ -50,16 +50,19 @@ def perplexity(
     check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
+    model_on_device = moved(tensors_of(model), device)
     windows_at_once = 1
     if device.type == "cuda":
-        # Blocks visit the GPU in turn. More windows at once need fewer visits. Half of the free
-        # memory is for the logits, of which the loss needs about four copies in float32.
         free = torch.cuda.mem_get_info(device)[0]  # bytes
-        vocab_size = model.config.get_text_config(decoder=True).vocab_size
-        windows_at_once = max(1, free // 2 // (4 * 4 * tokens.shape[1] * vocab_size))
+        # The loss needs about four copies of the logits in float32, of 4 bytes each.
+        window_bytes = 16 * tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size
+        if sum(tensor.nbytes for tensor in tensors_of(model)) + window_bytes > free:
+            # The blocks visit the GPU in turn. More windows at once need fewer visits.
+            model_on_device = offload_blocks(model, device)
+            windows_at_once = max(1, free // 2 // window_bytes)
     losses = []
     with (
-        offload_blocks(model, device),
+        model_on_device,
         note(f"in {type(model).__name__}, with {windows_at_once} windows at once"),
     ):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
