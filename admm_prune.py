@@ -16,8 +16,8 @@ our extension, for any method. Its section can be skipped on a first reading.
 The file is meant to be read from top to bottom. The solver comes first; it needs torch alone and is
 made to be copied. Then come the baselines, and `prune_model`, which loops over the decoder blocks.
 Then come block-aware pruning, and the machinery: how the inputs of layers are recorded, blocks
-called one by one, the calibration text and the command line.
-eval_ppl.py measures perplexity; both programs load models and texts with its functions.
+called one by one, the calibration text and the command line. eval_ppl.py measures perplexity; both
+programs load models and texts with its functions.
 """
 
 from __future__ import annotations
@@ -67,16 +67,19 @@ def prune_weight(
         frozen_steps: last steps, in which the mask stays the same.
 
     Returns: the pruned weight, in the shape and dtype of `weight`.
-    Raises: ValueError if shapes do not fit, or if sparsity or pattern is invalid.
+    Raises: ValueError if an argument is invalid.
     """
     if gram.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"gram is {tuple(gram.shape)}, but in_features is {weight.shape[1]}")
     if mask is not None and mask.shape != weight.shape:
         raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise ValueError(f"weight must be of a float dtype, got {weight.dtype}")
+    if min(rho, growing_steps) <= 0 or min(damping, frozen_steps) < 0:
+        raise ValueError("rho and growing_steps must be > 0, damping and frozen_steps >= 0")
     gram = gram.float()
-    # Feature j is divided by its norm d_j, so that one rho suits all features. Column j of W is
-    # multiplied by d_j, so that the outputs stay the same. The first mask ranks the entries of
-    # W0 = W d by magnitude, which is Wanda's score.
+    # Feature j is divided by its norm d_j, so that one rho suits all features, and column j of W is
+    # multiplied by it. The first mask ranks the magnitudes of W0 = W d, which are Wanda's scores.
     d = feature_norms(gram)  # (in,)
     A_rho = (gram / d).div_(d[:, None])  # (in, in)
     A_rho.diagonal().add_(damping * A_rho.diagonal().mean())  # A, the scaled and damped Gram matrix
@@ -89,7 +92,6 @@ def prune_weight(
 
     # V, whose kept entries are the result, reconstructs the outputs, and Z has the zeros. U, the
     # scaled dual variable, is the sum of V - Z over the steps so far. Each step computes
-    #
     # Z, the matrix with the required zeros that is nearest to V + U;
     # U, which becomes 0 where an entry is kept, and grows by V where it is pruned. U pushes the
     #     pruned entries of V towards 0, harder with each step;
@@ -124,11 +126,9 @@ def feature_norms(gram: Tensor) -> Tensor:
 
 
 def select_mask(
-    values: Tensor,
-    sparsity: float = 0.5,
-    pattern: tuple[int, int] | None = None,
+    values: Tensor, sparsity: float = 0.5, pattern: tuple[int, int] | None = None,
     progress: float = 1.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return a mask, (out, in) bool, that is True where an entry of `values` is kept.
 
     The mask is False at the round(sparsity * numel) smallest magnitudes of the whole matrix, not of
@@ -204,6 +204,8 @@ def wanda(
 
     ||x|| is the norm of an input feature (Sun et al., ICLR 2024, arXiv 2306.11695).
     """
+    if gram.shape != (weight.shape[1], weight.shape[1]):
+        raise ValueError(f"gram is {tuple(gram.shape)}, but in_features is {weight.shape[1]}")
     if pattern is None:
         # Each row is one group, of which at least one entry is kept.
         pattern = (max(weight.shape[1] - round(sparsity * weight.shape[1]), 1), weight.shape[1])
@@ -776,6 +778,8 @@ def record_and_check_calls(
                 call.record(states[call.index])[0].cpu() for states in (first_states, second_states)
             ]
         expected = torch.cat([first_states[call.index + 1], second_states[call.index + 1]]).float()
+        if not expected.isfinite().all():
+            raise ValueError(f"the hidden states after block {call.index} are NaN or infinite")
         # Relative to each token, since some have hidden states hundreds of times larger.
         distances = (torch.cat(after).float() - expected).norm(dim=-1)  # (2, seqlen)
         difference = float((distances / expected.norm(dim=-1).clamp(min=1e-30)).mean())
@@ -846,7 +850,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
     """
     method = f"{args.method}-block-aware" if args.block_aware else args.method
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
-    name = Path(args.model).resolve().name
+    name = Path(args.model).resolve().name.removesuffix(".gguf")
     folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
     with eval_ppl.note(
         "choose another --save (a run that was killed leaves a folder without model.safetensors "
@@ -906,6 +910,7 @@ def load_and_prune(
     loaded_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     if args.dtype == "auto" and device.type == "cpu":
         model.float()  # a CPU is three to four times as slow in 16 bits
+    dtype = model.dtype
     layers = prune_model(
         model,
         tokens,
@@ -915,14 +920,16 @@ def load_and_prune(
     )
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(loaded_dtypes[name])  # in place, so that ties stay
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise ValueError("the pruned weights overflow in 16 bits: use --dtype float32")
+    for name, parameter in eval_ppl.find_blocks(model).named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"block {name} overflows {parameter.dtype}: use --dtype float32")
     return model, {
         "arguments": vars(args)
         | {
             "sparsity": None if args.pattern else args.sparsity,
             "bos": bos_id,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "dtype": dtype,
         },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "gpu_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
