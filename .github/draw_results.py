@@ -1,4 +1,4 @@
-"""Draw results.svg from the README's table of results, so that both say the same.
+"""Draw results.svg from the table of results.md, so that both say the same.
 
 pip install matplotlib==3.11.2    # another version may write another file
 python .github/draw_results.py
@@ -28,10 +28,10 @@ def read_rows() -> dict[str, dict[str, float]]:
     They are dicts from the heads of the columns to perplexities: the first number of each cell,
     which is the mean in one such as "42.0 ± 0.6".
     """
-    readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    results = (HERE / "results.md").read_text(encoding="utf-8")
     head, _, *rows = [
         [cell.strip(" `") for cell in line.strip("|").split("|")]
-        for line in readme[readme.index("| setting | text | dense |") :]
+        for line in results[results.index("| setting | text | dense |") :]
         .split("\n\n")[0]
         .splitlines()
     ]
@@ -51,6 +51,8 @@ def draw(axes: plt.Axes, xlabel: str, xscale: str, rows: dict[int, dict[str, flo
     last = max(rows)
     for name, (colour, marker) in METHODS.items():
         points = [(x, row[name]) for x, row in sorted(rows.items()) if name in row]
+        if len(points) < 2:
+            continue
         axes.plot(
             *zip(*points, strict=True), marker=marker, color=colour, linewidth=2, markersize=8
         )
@@ -90,9 +92,9 @@ def main() -> None:
     zeros = {50: rows["50 % zeros"], 60: main_row, 70: rows["70 % zeros"]}
     draw(left, "% of zeros, with 8 calibration sequences", "linear", zeros)
     left.set_xlim(49, 79)
-    sequences = {8: main_row, 32: rows["32 sequences"], 128: rows["128 sequences"]}
+    sequences = {8: main_row, 32: rows["32 sequences"]}
     draw(right, "calibration sequences, with 60 % of zeros", "log", sequences)
-    right.set_xlim(7, 500)
+    right.set_xlim(7, 80)
     figure.suptitle(
         "Perplexity of SmolLM2-135M-Instruct on WikiText-2 (recommended: admm-grad --block-aware)",
         color=GREY,

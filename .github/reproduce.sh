@@ -17,8 +17,8 @@
 # for WikiText-2, Python 3.11.7 for the same texts, and unzip for Qwen.
 #
 # Calibration text is WikiText-2's validation split, with <unk> deleted, and the first half (45,660
-# tokens) of the topics of Python's help(). With 128 sequences, many overlap. Test texts are
-# WikiText-2's raw test split, the second half of these topics, and _pydecimal.py.
+# tokens) of the topics of Python's help(). Test texts are WikiText-2's raw test split, the second
+# half of these topics, and _pydecimal.py.
 set -euo pipefail
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=  # for the same rounding
 cd "$(dirname "$0")/.."
