@@ -267,7 +267,7 @@ def prune_model(
     block, after the pruned blocks before it.
 
     These stay dense: layers that `options` leaves dense, experts that no token reaches, and weights
-    that are sliced, or used in other ways than matrix products, such as those of convolutions.
+    that are sliced, or used in other ways than X W^T, such as those of convolutions.
 
     Args:
         model: a Hugging Face decoder-only model. It is moved to the host, set to evaluation mode,
