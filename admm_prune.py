@@ -240,7 +240,7 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 # ------------------------------------------------------------------------------ pruning a model
 
 
-def leave_routers_dense(block: int, name: str) -> dict | None:
+def leave_routers_dense(index: int, name: str) -> dict | None:
     """Return None for the routers of mixtures of experts, which leaves them dense, else {}.
 
     This is the default `options` of `prune_model`. Routers are small and choose the experts.
@@ -296,9 +296,9 @@ def prune_model(
     model.set_experts_implementation("eager")
     # A `BlockCall` calls a block by itself, which is checked to give what it gives in the model.
     calls = record_and_check_calls(model, tokens, device)
-    # Hidden states of each sequence before the current block, in the model that is being pruned.
+    # Hidden states of each sequence before the current block, in the pruned and the dense model.
     states = states_before_blocks(model, tokens, device)
-    dense_states = states if block_aware else None  # the same in the dense model
+    dense_states = states if block_aware else None
     results = []
     for call in tqdm(calls, "pruning blocks"):
         with eval_ppl.note(f"while pruning block {call.index}"):
@@ -357,7 +357,7 @@ def collect_layers(
 
 
 def prune_layer(
-    block: int, name: str, layer: Layer, prune: Callable, options: Callable,
+    index: int, name: str, layer: Layer, prune: Callable, options: Callable,
     row_scales: Tensor | float = 1.0,
 ) -> list[dict]:  # fmt: skip
     """Prune a layer in place. Return a list of its result, which is empty if it stays dense.
@@ -365,7 +365,7 @@ def prune_layer(
     `row_scales`, (out_features, 1), are for block-aware pruning. They multiply the rows of the
     weight that `prune` gets, and divide those of its result.
     """
-    arguments = options(block, name)
+    arguments = options(index, name)
     if arguments is None:
         return []
     with eval_ppl.note(f"layer {name}"):
@@ -386,7 +386,7 @@ def prune_layer(
         layer.weight.copy_(pruned)
     return [
         {
-            "block": block,
+            "block": index,
             "name": name,
             "shape": tuple(pruned.shape),
             "sparsity": int((pruned == 0).sum()) / pruned.numel(),
