@@ -51,8 +51,6 @@ def draw(axes: plt.Axes, xlabel: str, xscale: str, rows: dict[int, dict[str, flo
     last = max(rows)
     for name, (colour, marker) in METHODS.items():
         points = [(x, row[name]) for x, row in sorted(rows.items()) if name in row]
-        if len(points) < 2:
-            continue
         axes.plot(
             *zip(*points, strict=True), marker=marker, color=colour, linewidth=2, markersize=8
         )
