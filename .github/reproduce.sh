@@ -5,7 +5,7 @@
 #     .github/reproduce.sh smollm2 8 --sparsity 0.6 --block-aware --seed 1
 #     .github/reproduce.sh smollm2 8 --sparsity 0.6 --block-aware --calibration wiki.txt
 #     .github/reproduce.sh smollm2 8 --sparsity 0 --method wanda    # the dense model
-#     .github/reproduce.sh qwen.gguf 4 --sparsity 0.6 --method wanda
+#     .github/reproduce.sh qwen.gguf 8 --sparsity 0.6 --method wanda
 #     PART=rows .github/reproduce.sh smollm2 8 --sparsity 0.6 --block-aware
 #
 # The arguments are the model, the number of calibration sequences, and further ones of
