@@ -39,7 +39,6 @@ def read_rows() -> dict[str, dict[str, float]]:
         name: {
             column: float(re.match(r"[\d.]+", cell)[0])
             for column, cell in zip(head[2:], cells, strict=True)
-            if cell[:1].isdigit()
         }
         for name, text, *cells in rows
         if name and text == "WikiText-2"
@@ -50,7 +49,7 @@ def draw(axes: plt.Axes, xlabel: str, xscale: str, rows: dict[int, dict[str, flo
     """Draw a line for each method through its perplexities. `rows` are named by their x."""
     last = max(rows)
     for name, (colour, marker) in METHODS.items():
-        points = [(x, row[name]) for x, row in sorted(rows.items()) if name in row]
+        points = [(x, row[name]) for x, row in sorted(rows.items())]
         axes.plot(
             *zip(*points, strict=True), marker=marker, color=colour, linewidth=2, markersize=8
         )
