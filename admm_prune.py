@@ -256,12 +256,13 @@ def leave_routers_dense(index: int, name: str) -> dict | None:
 @torch.autocast("cpu", enabled=False)
 def prune_model(
     model: transformers.PreTrainedModel, tokens: Tensor, prune: Callable[..., Tensor],
-    block_aware: bool = False, device: torch.device | str | None = None,
+    sparsity: float | None = None, block_aware: bool = False,
+    device: torch.device | str | None = None,
     options: Callable[[int, str], dict | None] = leave_routers_dense,
 ) -> list[dict]:  # fmt: skip
     """Prune the linear layers inside the decoder blocks of a causal LM, in place.
 
-        prune_model(model, tokens, partial(sparsegpt, sparsity=0.6))
+        prune_model(model, tokens, sparsegpt, sparsity=0.6)
 
     By default, all layers of a block are pruned for the inputs that they have in the still dense
     block, after the pruned blocks before it.
@@ -277,6 +278,8 @@ def prune_model(
             (out_features, in_features), and the Gram matrix of its inputs, (in_features,
             in_features), both float32, and returns the pruned weight. It must not change the Gram
             matrix in place.
+        sparsity: share of zeros, handed to `prune`. With `block_aware`, it is that of each block.
+            Default: none is handed to `prune`.
         block_aware: whether to prune with our extension, `prune_block_aware`.
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: gets the number of a block and the name of a layer in it, such as "mlp.down_proj".
@@ -290,6 +293,8 @@ def prune_model(
         Errors of a method pass through, with notes that name the block and the layer.
     """
     check_prunable(model, tokens)
+    if sparsity is not None:
+        prune = partial(prune, sparsity=sparsity)
     device = eval_ppl.select_device(device)
     model.cpu().eval()
     # The inputs of experts cannot be recorded inside fused kernels.
@@ -305,7 +310,7 @@ def prune_model(
             call.block.to(device)
             if block_aware:
                 block_results, dense_states = prune_block_aware(
-                    call, states, dense_states, prune, options
+                    call, states, dense_states, prune, options, sparsity
                 )
                 results += block_results
             else:
@@ -401,7 +406,7 @@ def prune_layer(
 
 def prune_block_aware(
     call: BlockCall, states: list[Tensor], dense_states: list[Tensor], prune: Callable,
-    options: Callable,
+    options: Callable, sparsity: float | None = None,
 ) -> tuple[list[dict], list[Tensor]]:  # fmt: skip
     """Prune the layers of a block so that the hidden states after it change little.
 
@@ -418,7 +423,10 @@ def prune_block_aware(
     model that is being pruned and in the dense model. Return the results of `prune_layer`, and the
     hidden states of the dense model after the block.
     """
-    row_scales, closing_name = probe_block(call, dense_states)
+    row_scales, scores, closing_name = probe_block(call, dense_states)
+    if sparsity is not None:
+        options = divide_zeros(scores, sparsity, call.index, options)
+    del scores  # frees memory, as much as the block has in float32
     dense_after = [call(before).to(before.device) for before in dense_states]
     results = []
     layers = collect_layers(call, states, leave_out=closing_name)
@@ -434,6 +442,34 @@ def prune_block_aware(
 
         results += prune_layer(call.index, closing_name, closing_layer, prune_corrected, options)
     return results, dense_after
+
+
+def divide_zeros(
+    scores: dict[str, Tensor], sparsity: float, index: int, options: Callable
+) -> Callable:
+    """Return `options` with a sparsity for each layer of a block, whose mean is `sparsity`.
+
+    The entries of all layers that are to be pruned are ranked together by their scores
+    (`probe_block`). A layer's sparsity is the mean of `sparsity` and of its share of zeros by this
+    ranking.
+    """
+    scores = {name: x for name, x in scores.items() if options(index, name) is not None}
+    # A sample of about 16 million entries is enough, and needs less memory.
+    step = 1 + sum(x.numel() for x in scores.values()) // 2**24
+    samples = [x.flatten()[::step] for x in scores.values()]
+    kept = select_mask(torch.cat(samples)[None], sparsity)[0] if samples else torch.empty(0)
+    sparsities = {
+        name: (sparsity + int((~part).sum()) / part.numel()) / 2
+        for name, part in zip(scores, kept.split([len(x) for x in samples]), strict=True)
+    }
+
+    def divided(index: int, name: str) -> dict | None:
+        arguments = options(index, name)
+        if arguments is None or name not in sparsities:
+            return arguments
+        return {"sparsity": sparsities[name]} | arguments
+
+    return divided
 
 
 def collect_closing_layer(
@@ -483,7 +519,7 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
 @eval_ppl.note("in the probe, a backward pass through the block")
 def probe_block(
     call: BlockCall, dense_states: list[Tensor]
-) -> tuple[dict[str, Tensor], str | None]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], str | None]:
     """Return the row scales of the layers of a dense block, and the name of its closing layer.
 
     A method gets r W in place of W, with row scales r, and its result is divided by r. So rows that
@@ -513,6 +549,8 @@ def probe_block(
     are used.
     """
     sums = defaultdict(float)  # name -> s, (out_features,)
+    weights = {}
+    squares = defaultdict(float)  # name -> (in_features,)
     closing_name = None
     # The signs differ between sequences, not between blocks. They are drawn on the host, so that a
     # GPU gets the same ones.
@@ -523,6 +561,9 @@ def probe_block(
             after, products = call.record(before)
         # An edge stands for the output of a layer in autograd's graph.
         edges = {name: p.edge for name, p in products.items() if p.edge is not None}
+        for name, product in products.items():
+            weights[name] = product.weight
+            squares[name] += product.X.square().mean(0)
         products.clear()  # frees the copies of all X before the backward pass
         bits = torch.randint(2, after.shape, generator=generator, dtype=torch.int8, device="cpu")
         signs = 2 * bits.to(after) - 1
@@ -538,9 +579,13 @@ def probe_block(
         name: (s + s.mean()).sqrt()[:, None]
         for name, s in sums.items()
         # s is 0 if a layer does not move the hidden states, such as Doge's dt_proj before training.
-        if name != closing_name and s.any()
+        if s.any()
     }
-    return row_scales, closing_name
+    scores = {
+        name: weights[name].float().abs() * r * squares[name].sqrt()
+        for name, r in row_scales.items()
+    }
+    return row_scales, scores, closing_name
 
 
 # -------------------------------------------------------------------------- inputs of the layers
@@ -914,7 +959,8 @@ def load_and_prune(
     layers = prune_model(
         model,
         tokens,
-        partial(METHODS[args.method], sparsity=args.sparsity, pattern=args.pattern),
+        partial(METHODS[args.method], pattern=args.pattern),
+        args.sparsity,
         args.block_aware,
         device,
     )

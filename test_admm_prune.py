@@ -152,7 +152,7 @@ def own_perplexity(model, tokens):
 
 def prune_tiny(model, prune=ap.prune_weight, block_aware=False, **arguments):
     tokens = arguments.pop("tokens", make_tokens())
-    return ap.prune_model(model, tokens, prune, block_aware, "cpu", **arguments)
+    return ap.prune_model(model, tokens, prune, None, block_aware, "cpu", **arguments)
 
 
 def find_linears(blocks):
@@ -1086,7 +1086,9 @@ def test_a_gpu_gives_what_the_cpu_gives(
     models, results = [], []
     for device in ("cpu", "cuda"):
         models.append(make_model(kind).to(dtype))
-        results.append(ap.prune_model(models[-1], make_tokens(40), prune, block_aware, device))
+        results.append(
+            ap.prune_model(models[-1], make_tokens(40), prune, None, block_aware, device)
+        )
         assert set(on_gpu[-len(results[0]) :]) == {int(device == "cuda")}
         assert {p.device.type for p in models[-1].parameters()} == {"cpu"}
     assert {states.device.type for states in first_states[-1]} == {place}
