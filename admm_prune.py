@@ -254,7 +254,7 @@ def leave_routers_dense(index: int, name: str) -> dict | None:
     return {} if routers.isdisjoint(name.split(".")) else None
 
 
-# These decorators disable modes that a caller may have enabled, such as autocast to 16 bits.
+# A caller may have enabled autocast to 16 bits, or inference mode, which permits no probe.
 @torch.inference_mode(False)
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
@@ -435,8 +435,8 @@ def prune_block_aware(
     difference (`correct_weight`), and pruned.
 
     There is no closing layer if a norm or a multiplier follows the last layer, as in Gemma 3, or if
-    stacked experts close the block, as in Mixtral. These have no row scales, and the sparsity of
-    the block.
+    stacked experts alone close the block, as in Mixtral (DeepSeek-V3 has a shared expert, too).
+    Stacked experts have the sparsity of the block, and no row scales.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
     model that is being pruned and in the dense model. Return the results of `prune_layers`, and the
@@ -684,7 +684,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
 class BlockCall:
     """A decoder block, and what the model hands to it besides the hidden states, such as masks.
 
-    The arguments of the first sequence serve for all.
+    The arguments of the first sequence serve for all, which `record_and_check_calls` checks.
     """
 
     index: int  # of the block

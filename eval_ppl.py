@@ -362,9 +362,9 @@ def main() -> None:
         windows = evaluation_tokens(args.dataset, tokenizer, args.seqlen, args.limit, bos_id)
         # A CPU is three to four times as slow in 16 bits.
         dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
-        model = load_model(args.model, dtype)
+        result = perplexity(load_model(args.model, dtype), windows, device)
         print(
-            f"{args.model}: perplexity {perplexity(model, windows, device):.3f} on {args.dataset},",
+            f"{args.model}: perplexity {result:.3f} on {args.dataset},",
             f"{len(windows)} x {args.seqlen} tokens (BOS in each: {bos_id is not None})",
         )
 
