@@ -1003,7 +1003,12 @@ def main() -> None:
     )
     cli.add_argument("--model", required=True, help=eval_ppl.MODEL_HELP)
     amount = cli.add_mutually_exclusive_group()
-    amount.add_argument("--sparsity", type=float, default=0.5, help="share of zeros; default: 0.5")
+    amount.add_argument(
+        "--sparsity",
+        type=float,
+        default=0.5,
+        help="share of zeros in each layer, or, with --block-aware, in each block; default: 0.5",
+    )
     amount.add_argument("--pattern", type=parse_pattern, metavar="N:M", help="keep N of M entries")
     cli.add_argument(
         "--method", choices=METHODS, default="admm-grad", help="default: admm-grad, the paper's"
@@ -1011,7 +1016,8 @@ def main() -> None:
     cli.add_argument(
         "--block-aware",
         action="store_true",
-        help="prune for the hidden states after each block; recommended",
+        help="prune for the hidden states after each block, and give its layers different shares of "
+        "zeros; recommended",
     )
     cli.add_argument(
         "--calibration",

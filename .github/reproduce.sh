@@ -9,10 +9,11 @@
 #     PART=rows .github/reproduce.sh smollm2 8 --sparsity 0.6 --block-aware
 #
 # The arguments are the model, the number of calibration sequences, and further ones of
-# admm_prune.py, with paths from the folder of the project. With PART=rows, --block-aware has only
-# its row scales (the closing layer is pruned with the others), with PART=correction, only its
-# correction, with PART=plain_rows, row scales without the mean, and with PART=small_ridge, a tenth
-# of the ridge. With a clone of https://github.com/mazumder-lab/ALPS in the folder of the project,
+# admm_prune.py, with paths from the folder of the project. With PART=even, all layers of a block
+# have the same share of zeros. So they have with PART=rows, where --block-aware has only its row
+# scales (the closing layer is pruned with the others), with PART=correction, only its correction,
+# with PART=plain_rows, row scales without the mean, and with PART=small_ridge, a tenth of the
+# ridge. WAY=0.25 is how far the shares go from the block's to those by one threshold. With a clone of https://github.com/mazumder-lab/ALPS in the folder of the project,
 # `--method alps` is its released code. Needed are what the README's first commands install, the hub
 # for WikiText-2, Python 3.11.7 for the same texts, and unzip for Qwen.
 #
@@ -56,12 +57,21 @@ from torch import nn
 import admm_prune
 
 probe = admm_prune.probe_block
+divide = admm_prune.divide_zeros
 
 
 def probe_without_mean(*args):
-    rows, closing_name = probe(*args)
+    rows, scores, closing_name = probe(*args)
     s = {name: r**2 - (r**2).mean() / 2 for name, r in rows.items()}  # r^2 is s + mean(s)
-    return {name: x.clamp(min=1e-6 * float(x.mean())).sqrt() for name, x in s.items()}, closing_name
+    rows = {name: x.clamp(min=1e-6 * float(x.mean())).sqrt() for name, x in s.items()}
+    return rows, scores, closing_name
+
+
+def divide_by(way):
+    return lambda scores, sparsity: {
+        name: sparsity + (share - sparsity) * way / 0.5
+        for name, share in divide(scores, sparsity).items()
+    }
 
 
 def correct_with_small_ridge(weight, gram, EtX):
@@ -87,14 +97,17 @@ if path.exists():
     admm_prune.METHODS["alps"] = alps
 
 
-part = os.environ.get("PART", "both")
+part = os.environ.get("PART", "all")
+way = 0.5 if part == "all" else 0.0
+admm_prune.divide_zeros = divide_by(float(os.environ.get("WAY", way)))
 if part == "small_ridge":
     admm_prune.correct_weight = correct_with_small_ridge
 admm_prune.probe_block = {
-    "both": probe,
+    "all": probe,
+    "even": probe,
     "small_ridge": probe,
-    "rows": lambda *args: (probe(*args)[0], None),  # no closing layer
-    "correction": lambda *args: ({}, probe(*args)[1]),  # no row scales
+    "rows": lambda *args: (*probe(*args)[:2], None),  # no closing layer
+    "correction": lambda *args: ({}, *probe(*args)[1:]),  # no row scales
     "plain_rows": probe_without_mean,
 }[part]
 admm_prune.main()
