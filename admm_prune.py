@@ -1016,8 +1016,8 @@ def main() -> None:
     cli.add_argument(
         "--block-aware",
         action="store_true",
-        help="prune for the hidden states after each block, and give its layers different shares of "
-        "zeros; recommended",
+        help="prune for the hidden states after each block, and divide its zeros among its layers; "
+        "recommended",
     )
     cli.add_argument(
         "--calibration",

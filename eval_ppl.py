@@ -52,9 +52,8 @@ def perplexity(
     device = select_device(device)
     model.eval()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf  # bytes
-    # The loss needs about four copies of the logits in float32.
-    logits_bytes = 4 * tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size
-    window_bytes = 4 * logits_bytes
+    # The loss needs about four copies of the logits in float32: 16 bytes for each logit.
+    window_bytes = 16 * tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size
     if sum(tensor.nbytes for tensor in tensors_of(model)) + window_bytes <= free:
         model_on_device = moved(tensors_of(model), device)
         windows_at_once = 1
@@ -310,20 +309,17 @@ def exit_without_traceback(program: str):
     except Exception as error:
         if sys.flags.dev_mode:
             raise
-        message = str(error)
-        if not isinstance(error, (ValueError, OSError)):
-            # Such as a KeyError, whose message is the key alone.
-            message = f"{type(error).__name__}: {message}"
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-            "can't allocate memory" in message  # a RuntimeError, of a CPU
+            "can't allocate memory" in str(error)  # a RuntimeError, of a CPU
         ):
             error.add_note(
                 "what helps: a shorter --seqlen (in admm_prune.py also fewer --nsamples), a GPU "
                 "with more memory, or --device cpu"
             )
-        notes = getattr(error, "__notes__", [])
-        message = "\n".join([message, *notes, "(python -X dev shows the traceback)"])
-        sys.exit(f"{program}: {message}")
+        # Other messages may be no sentences. That of a KeyError is the key alone.
+        name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        lines = [f"{program}: {name}{error}", *getattr(error, "__notes__", [])]
+        sys.exit("\n".join([*lines, "(python -X dev shows the traceback)"]))
 
 
 def add_common_arguments(cli: argparse.ArgumentParser) -> None:
