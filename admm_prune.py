@@ -352,8 +352,7 @@ def collect_layers(
     """Return the layers of a block by name, with their sums over all sequences.
 
     `states` are the hidden states of each sequence before the block. `leave_out`, unless it is
-    None, is the name of a layer to skip. Layers with the same inputs, such as q, k and v, have sums
-    of their own.
+    None, is the name of a layer to skip. q, k and v have the same inputs, and each its own sums.
     """
     layers = {}
     for before in states:
@@ -534,10 +533,7 @@ def probe_block(
     random signs z_k, 1 or -1, one at each entry h_k of the hidden states after the block.
 
     The row scales r, (out_features, 1), say how far an error at an output of a layer moves the
-    hidden states after the block. A method gets r W in place of W, and its result is divided by r.
-    So rows that matter more keep more entries, if the method ranks entries of different rows
-    together. With a pattern, all rows keep equally many, and r only changes the order in which ADMM
-    prunes entries.
+    hidden states after the block:
 
         r_i = sqrt(s_i + mean(s)),
 
@@ -545,14 +541,20 @@ def probe_block(
     estimator (1990), the expected value of g^2 is sum_k (dh_k/dy)^2 for this output y. The mean,
     over the outputs of the layer, keeps r above 0. Perplexities are similar without it.
 
-    The scores, (out_features, in_features), are |W_ij| r_i ||x_j||. They compare the entries of all
-    layers (`divide_zeros`).
+    A method gets r W in place of W, and its result is divided by r. So rows that matter more keep
+    more entries, if the method ranks entries of different rows together. With a pattern, all rows
+    keep equally many, and r only changes the order in which ADMM prunes entries.
+
+    The scores, (out_features, in_features), say how far the loss of an entry moves the hidden
+    states: |W_ij| r_i ||x_j||. Here ||x_j|| is the root mean square of input j.
 
     The closing layer is the last layer, in the order of calls, whose gradient equals the signs: a
     sum passes gradients on unchanged. The name is None if no layer qualifies.
     """
     gradient_squares = defaultdict(float)  # name -> s, (out_features,)
-    input_squares = defaultdict(float)  # name -> ||x||^2 but for a factor, (in_features,)
+    input_squares = defaultdict(
+        float
+    )  # name -> mean squares, summed over sequences, (in_features,)
     weights = {}
     closing_name = None
     # The signs differ between sequences, not between blocks. They are drawn on the host, so that a
@@ -562,12 +564,10 @@ def probe_block(
         before = dense_state.detach().requires_grad_()
         with torch.enable_grad():
             after, products = call.record(before)
-        for name, product in products.items():
-            weights[name] = product.weight
-            # A mean over tokens: s is a sum over them already.
-            input_squares[name] += product.X.square().mean(0)
-        # An edge stands for the output of a layer in autograd's graph. The output itself may be
-        # changed in place by the block.
+        for name in products:
+            weights[name] = products[name].weight
+            input_squares[name] += products[name].X.square().mean(0)
+        # An edge stands for the output of a layer, which the block may change in place.
         edges = {name: p.edge for name, p in products.items() if p.edge is not None}
         products.clear()  # frees the copies of all X before the backward pass
         bits = torch.randint(2, after.shape, generator=generator, dtype=torch.int8, device="cpu")
