@@ -292,8 +292,8 @@ def prune_model(
             It returns further keyword arguments of `prune`, such as {"sparsity": 0.7}, or None to
             leave the layer dense, as the default does with routers.
 
-    Returns: a dict for each pruned layer, with the number of the "block", the "name" of the layer
-        in it, its "shape", (out_features, in_features), its "sparsity" (share of zeros), its
+    Returns: a list with a dict for each pruned layer: the number of the "block", the "name" of the
+        layer in it, its "shape", (out_features, in_features), its "sparsity" (share of zeros), its
         "error" (`measure_error`, from the dense weight), and "num_tokens" that reached it.
     Raises: ValueError if the model or an argument does not fit, or if a layer cannot be pruned.
         Errors of a method pass through, with notes that name the block and the layer.
