@@ -62,8 +62,8 @@ def prune_weight(
         pattern: (N, M) keeps N of every M consecutive entries of a row. It overrides `sparsity`.
         mask: (out_features, in_features) bool on the device of `weight`, True where an entry is
             kept. It overrides both, and all steps then only optimise the values of these entries.
-        damping: share of the mean diagonal of the scaled Gram matrix, which is added to its
-            diagonal; at least 0.
+        damping: this share of the mean diagonal of the scaled Gram matrix is added to its diagonal;
+            at least 0.
         rho: ADMM's penalty, for features that are scaled to norm 1; above 0.
         growing_steps: steps in which the share of zeros grows to its final value; at least 1.
         frozen_steps: last steps, in which the mask stays the same.
@@ -81,8 +81,7 @@ def prune_weight(
         raise ValueError("rho and growing_steps must be > 0, damping and frozen_steps >= 0")
     gram = gram.float()
     # Feature j is divided by its norm d_j, so that one rho suits all features, and column j of W is
-    # multiplied by it. The first mask ranks the magnitudes of W0 = W d. Wanda ranks the same within
-    # each row, but for the floor of the norms.
+    # multiplied by it. The first mask thus ranks the magnitudes of W d.
     d = feature_norms(gram)  # (in,)
     A_rho = (gram / d).div_(d[:, None])  # (in, in)
     A_rho.diagonal().add_(damping * A_rho.diagonal().mean())  # A, the scaled and damped Gram matrix
@@ -95,11 +94,10 @@ def prune_weight(
     del L
     W0 = weight.float() * d  # (out, in)
 
-    # V, whose kept entries are the result, reconstructs the outputs, and Z has the zeros. U, the
-    # scaled dual variable, is the sum of V - Z over the steps so far. Each step computes
+    # ADMM has two copies of W0: V reconstructs the outputs, and Z has the zeros. U, the scaled dual
+    # variable, is the sum of V - Z over the steps so far. Each step computes
     # Z, the matrix with the required zeros that is nearest to Y = V + U;
-    # U, which becomes 0 where an entry is kept, and grows by V where it is pruned. U pushes the
-    #     pruned entries of V towards 0, harder with each step;
+    # U = Y - Z, which is 0 where an entry is kept, and else pushes V to 0, harder with each step;
     # V, which minimises tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2.
     V = W0
     U = torch.zeros_like(W0)
@@ -111,8 +109,8 @@ def prune_weight(
             kept = select_mask(Y, sparsity, pattern, progress)
         Z = torch.where(kept, Y, 0)
         U = Y.sub_(Z)
-        # Here a GPU computes in TF32, which rounds both factors to 11 bits. The error of a layer
-        # changes by less than 0.5 %. For a torch before 2.9, leave out the `with`.
+        # On a GPU, TF32 rounds both factors to 11 bits. Emulated on a CPU, this changes the error
+        # of a layer by less than 0.5 %. For a torch before 2.9, leave out the `with`.
         with torch.backends.flags(fp32_precision="tf32"):
             V = W0 + (Z - U - W0) @ R
     return (torch.where(kept, V, 0) / d).to(weight.dtype)
@@ -121,8 +119,8 @@ def prune_weight(
 def feature_norms(gram: Tensor) -> Tensor:
     """Return the norms of the input features, (in_features,), each at least 3 % of their mean.
 
-    The paper has no such floor. The pruned weight is divided by these norms, and N:M has to keep N
-    of each M, so that features that are almost never active could get huge weights without it.
+    The paper has no such floor. Without it, features that are almost never active could get huge
+    weights: N:M has to keep N of each M, and the pruned weight is divided by these norms.
     """
     norms = gram.diagonal().sqrt()
     return norms.clamp(min=0.03 * float(norms.mean()) + 1e-12)  # 1e-12: all of them may be 0
@@ -176,7 +174,7 @@ def sparsegpt(
     """
     if gram.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"gram is {tuple(gram.shape)}, but in_features is {weight.shape[1]}")
-    select_mask(weight[:1], sparsity, pattern)  # raises a ValueError if these are invalid
+    select_mask(weight[:1], sparsity, pattern)  # raises a ValueError, with the true in_features
     W = weight.float().clone()  # (out, in)
     diagonal = gram.float().diagonal()
     W[:, diagonal == 0] = 0
@@ -248,20 +246,20 @@ def measure_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 def leave_routers_dense(index: int, name: str) -> dict | None:
     """Return None for the routers of mixtures of experts, which leaves them dense, else {}.
 
-    This is the default `options` of `prune_model`. Routers are small and choose the experts.
+    Routers are small and choose the experts.
     """
     routers = {"router", "gate", "shared_expert_gate", "router_gate"}
     return {} if routers.isdisjoint(name.split(".")) else None
 
 
-# A caller may have enabled autocast to 16 bits, or inference mode, which permits no probe.
+# The caller may have enabled autocast to 16 bits, or inference mode, which permits no gradients.
 @torch.inference_mode(False)
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
 def prune_model(
     model: transformers.PreTrainedModel, tokens: Tensor, prune: Callable[..., Tensor],
-    sparsity: float | None = None, block_aware: bool = False,
+    sparsity: float | None = None, *, block_aware: bool = False,
     device: torch.device | str | None = None,
     options: Callable[[int, str], dict | None] = leave_routers_dense,
 ) -> list[dict]:  # fmt: skip
@@ -269,8 +267,8 @@ def prune_model(
 
         prune_model(model, tokens, sparsegpt, sparsity=0.6)
 
-    By default, all layers of a block are pruned for the inputs that they have in the still dense
-    block, after the pruned blocks before it.
+    By default, all layers of a block are pruned for the inputs that they have while the block is
+    dense and the blocks before it are pruned.
 
     These stay dense: layers that `options` leaves dense, experts that no token reaches, and weights
     that are sliced, or used in other ways than X W^T, such as those of convolutions.
@@ -282,10 +280,10 @@ def prune_model(
         prune: the method, one of this file or your own. prune(weight, gram) gets a weight,
             (out_features, in_features), and the Gram matrix of its inputs, (in_features,
             in_features), both float32, and returns the pruned weight. It must not change the Gram
-            matrix in place.
+            matrix in place, since the error is measured with it.
         sparsity: share of zeros, handed to `prune` for each layer. With `block_aware`, it is that
-            of each block, whose layers get different shares (`divide_zeros`). Default: `prune` is
-            called without it.
+            of each block, whose layers get different shares (`divide_zeros`). A "sparsity" from
+            `options` goes before. Default: `prune` is called without it.
         block_aware: whether to prune with our extension, `prune_block_aware`.
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: gets the number of a block and the name of a layer in it, such as "mlp.down_proj".
@@ -305,7 +303,7 @@ def prune_model(
     model.cpu().eval()
     # The inputs of experts cannot be recorded inside fused kernels.
     model.set_experts_implementation("eager")
-    # A `BlockCall` calls a block by itself, which is checked to give what it gives in the model.
+    # A `BlockCall` calls a block by itself. The check compares this with the model's own forward.
     calls = record_and_check_calls(model, tokens, device)
     # Hidden states of each sequence before the current block, in the pruned and the dense model.
     states = states_before_blocks(model, tokens, device)
@@ -313,7 +311,7 @@ def prune_model(
     results = []
     for call in tqdm(calls, "pruning blocks"):
         with eval_ppl.annotate_errors(f"while pruning block {call.index}"):
-            call.block.to(device)
+            call.block.to(device)  # not with `moved`, which would undo the pruning
             if block_aware:
                 block_results, dense_states = prune_block_aware(
                     call, states, dense_states, prune, options, sparsity
@@ -341,7 +339,7 @@ class Layer:
     def add(self, X: Tensor) -> None:
         """Add inputs X, (tokens, in_features) float32, to the sums."""
         self.num_tokens += len(X)
-        # Inputs of 16 bits lose nothing in TF32.
+        # TF32 is exact for inputs that the model computed in 16 bits.
         with torch.backends.flags(fp32_precision="tf32"):
             self.gram.addmm_(X.T, X)
 
@@ -352,7 +350,7 @@ def collect_layers(
     """Return the layers of a block by name, with their sums over all sequences.
 
     `states` are the hidden states of each sequence before the block. `leave_out`, unless it is
-    None, is the name of a layer to skip. q, k and v have the same inputs, and each its own sums.
+    None, is the name of a layer to skip.
     """
     layers = {}
     for before in states:
@@ -394,7 +392,7 @@ def prune_layer(layer: Layer, prune: Callable, row_scales: Tensor | float) -> di
     """Prune a layer in place. Return its result, but for the block and the name."""
     if not layer.gram.isfinite().all():
         raise ValueError("the inputs are NaN or infinite")
-    # A copy, which the method may change. GPT-2 has its weights transposed.
+    # A copy, which the method may change, and contiguous, since GPT-2 has its weights transposed.
     weight = layer.weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     weight *= row_scales
     pruned = prune(weight, layer.gram)
@@ -434,7 +432,7 @@ def prune_block_aware(
     difference (`correct_weight`), and pruned.
 
     There is no closing layer if a norm or a multiplier follows the last layer, as in Gemma 3, or if
-    stacked experts alone close the block, as in Mixtral (DeepSeek-V3 has a shared expert, too).
+    stacked experts alone close the block, as in Mixtral; in DeepSeek-V3, a shared expert does, too.
     Stacked experts have the sparsity of the block, and no row scales.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
@@ -469,14 +467,15 @@ def divide_zeros(scores: dict[str, Tensor], sparsity: float) -> dict[str, float]
     ones, a share of `sparsity`, would be zero if the layers had one threshold. Each layer goes half
     of the way from `sparsity` to its share of these zeros.
     """
-    # A sample of about 16 million entries is enough. Ranking all of a large block takes memory.
-    step = 1 + sum(x.numel() for x in scores.values()) // 2**24
+    # A sample of at most 16 million entries is enough, and takes little memory. Its step is odd, so
+    # that it does not fall on the same columns in each row.
+    step = (1 + sum(x.numel() for x in scores.values()) // 2**24) | 1
     samples = [x.flatten()[::step] for x in scores.values()]
-    mask = select_mask(torch.cat(samples)[None], sparsity)[0]
-    masks = mask.split([len(sample) for sample in samples])
+    mask = select_mask(torch.cat(samples), sparsity)
+    parts = mask.split([len(sample) for sample in samples])
     return {
-        name: (sparsity + int((~mask).sum()) / len(mask)) / 2
-        for name, mask in zip(scores, masks, strict=True)
+        name: (sparsity + int((~part).sum()) / len(part)) / 2
+        for name, part in zip(scores, parts, strict=True)
     }
 
 
@@ -512,9 +511,10 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
         W + E^T X (G + diag(d^2))^-1
 
     Since d are the norms of the features (`feature_norms`), the ridge is as large as the diagonal
-    of G itself. With a tenth of this ridge, SmolLM2's WikiText-2 perplexity at 60 % zeros was 44.5
-    instead of 42.2. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and GPTAQ (Li et al.,
-    ICML 2025) correct all layers by such a formula, for their own errors and for quantisation.
+    of G itself. With a tenth of this ridge, SmolLM2's WikiText-2 perplexity at 60 % zeros in each
+    layer was 44.5 instead of 42.2. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and
+    GPTAQ (Li et al., ICML 2025) correct all layers by such a formula, for their own errors and for
+    quantisation.
 
     `weight` W and `EtX` E^T X are (out_features, in_features), and `gram` is G = X^T X, in float32.
     """
@@ -537,24 +537,22 @@ def probe_block(
 
         r_i = sqrt(s_i + mean(s)),
 
-    where s_i is the sum of g^2 over all tokens, and g is the gradient at output i. By Hutchinson's
-    estimator (1990), the expected value of g^2 is sum_k (dh_k/dy)^2 for this output y. The mean,
-    over the outputs of the layer, keeps r above 0. Perplexities are similar without it.
+    where g is the gradient at output i, and s_i is the sum of g^2 over all tokens. For an output y,
+    the expected value of g^2 is sum_k (dh_k/dy)^2 (Hutchinson, 1990). The mean, over the outputs of
+    the layer, keeps r above 0. Perplexities are similar without it.
 
     A method gets r W in place of W, and its result is divided by r. So rows that matter more keep
     more entries, if the method ranks entries of different rows together. With a pattern, all rows
     keep equally many, and r only changes the order in which ADMM prunes entries.
 
     The scores, (out_features, in_features), say how far the loss of an entry moves the hidden
-    states: |W_ij| r_i ||x_j||. Here ||x_j|| is the root mean square of input j.
+    states: |W_ij| r_i ||x_j||. Here ||x_j|| is the norm of input j, up to a common factor.
 
     The closing layer is the last layer, in the order of calls, whose gradient equals the signs: a
     sum passes gradients on unchanged. The name is None if no layer qualifies.
     """
     gradient_squares = defaultdict(float)  # name -> s, (out_features,)
-    input_squares = defaultdict(
-        float
-    )  # name -> mean squares, summed over sequences, (in_features,)
+    input_squares = defaultdict(float)  # name -> sum of the sequences' mean squares, (in_features,)
     weights = {}
     closing_name = None
     # The signs differ between sequences, not between blocks. They are drawn on the host, so that a
@@ -624,7 +622,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
     def __init__(self, block: nn.Module):
         super().__init__()
         self.products: dict[str, Product] = {}
-        self.layers = {
+        self.linear_names = {
             identity_of(module.weight): name
             for name, module in block.named_modules()
             # Conv1D is the linear layer of GPT-2. A weight that a module computes anew in each
@@ -640,7 +638,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
             if parameter.ndim == 3 and min(parameter.shape) > 1
             for index, expert in enumerate(parameter)
         }
-        self.names = self.layers | experts
+        self.names = self.linear_names | experts
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
@@ -649,7 +647,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         match function.__name__, args:
             case "linear", (x, W, *_):
                 self.add(x, W, output)
-            # Before x, addmm has the bias. A vector is no weight.
+            # Before x, addmm has the bias. A 1-D parameter is no weight.
             case "addmm" | "mm" | "bmm" | "matmul", (*_, x, WT) if WT.ndim > 1:
                 self.add(x, WT.mT, output)
         return output
@@ -663,16 +661,16 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         """
         if x.numel() == 0:  # an expert may have no tokens
             return
+        identity = identity_of(W)
         if W.ndim == x.ndim == 3 and len(W) == len(x) and identity_of(W[0]) in self.names:
             for rows, expert in zip(x, W, strict=True):
                 self.add(rows[rows.any(-1)], expert, output)
-        identity = identity_of(W)
-        if W.ndim == 2 and identity in self.names:
+        elif W.ndim == 2 and identity in self.names:
             name = self.names[identity]
             if name in self.products:
                 raise ValueError(f"a block cannot be pruned if it calls {name} more than once")
             X = x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
-            has_edge = output.requires_grad and identity in self.layers
+            has_edge = output.requires_grad and identity in self.linear_names
             edge = torch.autograd.graph.get_gradient_edge(output) if has_edge else None
             self.products[name] = Product(W, X, edge)
 
@@ -718,7 +716,7 @@ def check_prunable(model: transformers.PreTrainedModel, tokens: Tensor) -> None:
         raise ValueError("the model has an encoder: take a decoder-only model")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("the model has quantised weights: load its full weights")
-    if getattr(model, "peft_config", None):  # set by peft, and by transformers
+    if any(hasattr(module, "base_layer") for module in model.modules()):  # as peft wraps a layer
         raise ValueError("the model has adapters, such as LoRA: merge them into its weights")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError("the model lies on several devices: load it without device_map")
@@ -770,13 +768,12 @@ def record_calls(
 ) -> tuple[list[BlockCall], list[Tensor]]:
     """Return the calls of all blocks for one sequence, (1, seqlen), in the model's own forward.
 
-    Also return the model's own hidden states: those before block 0, after it, after block 1, and so
-    on.
+    Also return the model's own hidden states: before block 0, after block 0, after block 1, ...
     Raise a ValueError unless the model calls its blocks one after the other.
     """
     blocks = list(eval_ppl.find_blocks(model))
     calls = []
-    # A block may change its input in place, so that a hook after block 0 would be too late.
+    # A hook after block 0 would be too late, since a block may change its input in place.
     states_by_block = states_before_blocks(model, ids, device)  # so far, those before block 0
 
     def keep(block, args, kwargs, output):
@@ -889,14 +886,14 @@ def calibration_tokens(
 def prune_and_save(args: argparse.Namespace) -> None:
     """Prune the model of the command line, and save it in a new folder.
 
-    Tokenizer and configurations are saved before a layer is pruned, so that a failure there costs
-    nothing. model.safetensors, or its index, appears only once all weights are written, so that a
-    folder that can be loaded has the whole model.
+    Tokenizer and configurations are saved before a layer is pruned: if that fails, no work is lost.
+    model.safetensors, or its index, appears only once all weights are written, so that a folder
+    that can be loaded has the whole model.
     """
     method = f"{args.method}-block-aware" if args.block_aware else args.method
     amount = "{}of{}".format(*args.pattern) if args.pattern else args.sparsity
-    name = Path(args.model).resolve().name.removesuffix(".gguf")
-    folder = Path(f"{name}-{method}-{amount}") if args.save is None else args.save
+    stem = Path(args.model).resolve().name.removesuffix(".gguf")
+    folder = Path(f"{stem}-{method}-{amount}") if args.save is None else args.save
     with eval_ppl.annotate_errors(
         "choose another --save (a run that was killed leaves a folder without model.safetensors "
         "and without its index)"
@@ -948,7 +945,8 @@ def load_and_prune(
     model = eval_ppl.load_model(args.model, args.dtype)
     model.config.save_pretrained(folder)
     if model.can_generate():
-        model.generation_config.save_pretrained(folder)  # 5.0 to 5.10 raise for old models
+        # For some old models, transformers before 5.11 raises here, before they are pruned.
+        model.generation_config.save_pretrained(folder)
     if sum(p.nbytes for p in model.parameters()) > shutil.disk_usage(folder).free:
         raise ValueError(f"the disk of {folder} has no room for the model")
     # A checkpoint may mix dtypes. Each tensor gets back its own in the end.
@@ -961,8 +959,8 @@ def load_and_prune(
         tokens,
         partial(METHODS[args.method], pattern=args.pattern),
         args.sparsity,
-        args.block_aware,
-        device,
+        block_aware=args.block_aware,
+        device=device,
     )
     restore_dtypes(model, loaded_dtypes)
     for name, parameter in eval_ppl.find_blocks(model).named_parameters():

