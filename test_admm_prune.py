@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 from collections import defaultdict
+from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -166,11 +167,14 @@ def find_linears(blocks):
 def inputs_of(modules, model, tokens):
     # The inputs of modules, by name, in the model's own forward: (tokens, features) float64.
     inputs = defaultdict(list)
-    for name, module in modules.items():
-        module.register_forward_pre_hook(
-            lambda _, args, name=name: inputs[name].append(args[0].detach().flatten(0, -2).double())
-        )
-    own_perplexity(model, tokens)
+
+    def keep(name, module, args):
+        inputs[name].append(args[0].detach().flatten(0, -2).double())
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(keep, name)))
+        own_perplexity(model, tokens)
     return {name: torch.cat(of_each_call) for name, of_each_call in inputs.items()}
 
 
