@@ -489,9 +489,10 @@ def test_a_layer_is_pruned_for_the_inputs_that_it_has_behind_pruned_blocks(block
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_options_give_each_layer_its_own_sparsity_or_leave_it_as_it_is(kind):
+def test_options_give_each_layer_its_own_sparsity_or_leave_it_as_it_is(monkeypatch, kind):
     model = make_model(kind)
-    before = {name: p.clone() for name, p in eval_ppl.find_blocks(model).named_parameters()}
+    before = copy.deepcopy(eval_ppl.find_blocks(model).state_dict())
+    closing_passes = spy(monkeypatch, "collect_closing_layer")
     own = {"self_attn.o_proj": 0.9, "mlp.down_proj": 0.3, "mlp.experts.down_proj.2": 0.7}
     dense = ("self_attn.k_proj", "mlp.up_proj", "mlp.experts.down_proj.3")
 
@@ -503,6 +504,7 @@ def test_options_give_each_layer_its_own_sparsity_or_leave_it_as_it_is(kind):
     for result in results:
         assert result["block"] > 0 and result["name"] not in dense
         assert result["sparsity"] == pytest.approx(own.get(result["name"], 0.5), abs=1e-3)
+    assert len(closing_passes) == (2 if kind == "llama" else 0)  # none for block 0
     for name, p in eval_ppl.find_blocks(model).named_parameters():
         if name.startswith("0.") or re.search("k_proj|up_proj.weight", name):
             assert torch.equal(p, before[name]), name
@@ -777,10 +779,9 @@ def test_weights_are_pruned_as_reported_and_nothing_else_changes(dense_model):
     assert zeros == {name: int((parameters[name] == 0).sum()) for name in zeros}
     changed = {id(parameters[name]) for name in zeros}
     for (name, p), before in zip(model.named_parameters(), dense_model.parameters(), strict=True):
-        assert id(p) in changed or torch.equal(p, before), name
-    for name, p in parameters.items():  # `gate_weight` of RecurrentGemma is no stack of experts
+        # `gate_weight` of RecurrentGemma is no stack of experts.
         is_stack = p.ndim == 3 and min(p.shape) > 1 and "gate_weight" not in name
-        assert id(p) in changed or not is_stack, name
+        assert id(p) in changed or (torch.equal(p, before) and not is_stack), name
 
 
 @pytest.mark.parametrize("block_aware", [False, True])
@@ -1472,9 +1473,7 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch):
     loaded = eval_ppl.load_model(str(tmp_path))
     monkeypatch.undo()
     assert getattr(loaded.config, "quantization_config", None) is None
-    for name, p in loaded.named_parameters():
-        assert p.dtype == torch.bfloat16
-        assert (p - dense[name]).norm() <= 0.05 * dense[name].norm(), name
+    torch.testing.assert_close(loaded.state_dict(), dense, rtol=0.07, atol=1e-5)  # FP8: 4 bits
 
 
 @pytest.mark.parametrize(
