@@ -1213,17 +1213,19 @@ def tokenizer():
 def folder(tmp_path_factory, tokenizer):
     # A folder with models and texts, as the command line takes them, and such that it refuses.
     path = tmp_path_factory.mktemp("models")
-    model = make_model().bfloat16()
+    model = make_model().half()
+    model.config.auto_map = {"AutoConfig": "x.Config", "AutoModelForCausalLM": "x.Model"}
     model.save_pretrained(path / "tiny")
     tokenizer.save_pretrained(path / "tiny")
-    for name in ("incomplete", "truncated", "other", "no tokenizer"):
+    for name in ("incomplete", "truncated", "index", "other", "no tokenizer"):
         shutil.copytree(path / "tiny", path / name)
     (path / "no tokenizer" / "tokenizer.json").unlink()
+    without_head = model.model.state_dict(prefix="model.")
+    model.save_pretrained(path / "incomplete", state_dict=without_head)
     model.resize_token_embeddings(96)
     model.save_pretrained(path / "other")  # with the tokenizer of the larger vocabulary
-    weights = load_file(path / "tiny" / "model.safetensors")
-    del weights["lm_head.weight"]
-    save_file(weights, path / "incomplete" / "model.safetensors", {"format": "pt"})
+    (path / "index" / "model.safetensors").unlink()
+    (path / "index" / "model.safetensors.index.json").write_text("{}")
     (path / "truncated" / "model.safetensors").write_bytes(
         (path / "tiny" / "model.safetensors").read_bytes()[:-1000]
     )
@@ -1289,22 +1291,23 @@ def test_c4_gives_the_sequences_of_sparsegpt(tokenizer, monkeypatch):
 # ------------------------------------------------------------------ checkpoints and command lines
 
 
-def run(monkeypatch, folder, *arguments):
-    # The command line within this process; returns what it exits with (None: it succeeded).
-    defaults = f"--model {folder}/tiny --calibration {folder}/calibration.txt --seqlen 64"
-    line = ["", *defaults.split(), "--nsamples", 8, "--device", "cpu", *arguments]
-    monkeypatch.setattr(sys, "argv", list(map(str, line)))
+def run(monkeypatch, folder, *arguments, main=ap.main):
+    # A command line within this process; returns what it exits with (None: it succeeded).
+    line = ["", "--model", folder / "tiny", "--seqlen", 64, "--device", "cpu"]
+    if main is ap.main:
+        line += ["--calibration", folder / "calibration.txt", "--nsamples", 8]
+    monkeypatch.setattr(sys, "argv", list(map(str, [*line, *arguments])))
     try:
-        ap.main()
+        main()
     except SystemExit as stop:
         return stop.code
 
 
 def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    arguments = ("--pattern", "2:4", "--method", "magnitude", "--nsamples", 6)
-    room = sum(p.nbytes for p in make_model().bfloat16().parameters())  # just enough
+    room = sum(p.nbytes for p in make_model().half().parameters())  # just enough
     monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=room))
+    arguments = ("--pattern", "2:4", "--method", "magnitude", "--nsamples", 6)
     assert run(monkeypatch, folder, *arguments) is None
     out = tmp_path / "tiny-magnitude-2of4"
     assert list(tmp_path.iterdir()) == [out]
@@ -1314,11 +1317,30 @@ def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
     assert [(row["sparsity"], row["num_tokens"]) for row in report["layers"]] == [(0.5, 384)] * 21
     told = capsys.readouterr().out
     assert re.search("50.00% of .* 21 layers; .*eval_ppl.py --model tiny-magnitude-2of4\n", told)
-    model = hf.AutoModelForCausalLM.from_pretrained(out)
-    dense = hf.AutoModelForCausalLM.from_pretrained(folder / "tiny").model.layers
-    for name, linear in find_linears(model.model.layers).items():
-        W = dense.get_submodule(name).weight
-        assert torch.equal(linear.weight, torch.where(ap.select_mask(W, pattern=(2, 4)), W, 0))
+    assert "auto_map" not in (out / "config.json").read_text()
+    model = eval_ppl.load_model(folder / "tiny")
+    prune_tiny(model, partial(ap.magnitude, pattern=(2, 4)))
+    saved = load_file(out / "model.safetensors")
+    torch.testing.assert_close(saved, model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_command_gives_the_same_weights_again_and_others_for_another_seed(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "tiny", "tiny.gguf")  # a folder, whose suffix is left out all the same
+    flags = "--model tiny.gguf --sparsity 0.7 --dtype bfloat16 --block-aware --seed".split()
+    for seed in ("1", "1 --save again", "2 --save other"):
+        assert run(monkeypatch, folder, *flags, *seed.split()) is None
+    first, again, other = [
+        Path(name, "model.safetensors").read_bytes()
+        for name in ("tiny-admm-grad-block-aware-0.7", "again", "other")
+    ]
+    assert first == again != other
+    dtype = hf.AutoConfig.from_pretrained("again").dtype
+    report = json.loads(Path("again/pruning_report.json").read_text())
+    assert report["arguments"]["dtype"] == str(dtype) == "torch.bfloat16"
+    assert len({round(row["sparsity"], 2) for row in report["layers"]}) > 5
 
 
 def test_several_calibration_texts_take_turns(folder, tmp_path, monkeypatch, tokenizer):
@@ -1376,9 +1398,8 @@ def test_each_sequence_begins_with_bos_for_gemma_or_if_asked_for(
     assert run(monkeypatch, folder, "--model", tmp_path / "model", "--save", out, *flags) is None
     assert (tokens[0][:, 0] == tokenizer.bos_token_id).all() == begins
     source = str(folder / "test.txt")
-    line = ["", "--model", out, "--dataset", source, "--seqlen", 64, "--device", "cpu", *flags]
-    monkeypatch.setattr(sys, "argv", list(map(str, line)))
-    eval_ppl.main()
+    arguments = ("--model", out, "--dataset", source, *flags)
+    assert run(monkeypatch, folder, *arguments, main=eval_ppl.main) is None
     windows = eval_ppl.evaluation_tokens(source, tokenizer, 64)
     windows[:, 0] = tokenizer.bos_token_id if begins else windows[:, 0]
     # A CPU computes in float32.
@@ -1387,19 +1408,30 @@ def test_each_sequence_begins_with_bos_for_gemma_or_if_asked_for(
     assert float(told[1]) == pytest.approx(own, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "gemma2", "gpt2", "apertus", *SEES])
-def test_what_is_saved_is_what_was_pruned_bit_for_bit(folder, tmp_path, monkeypatch, kind):
-    # Apertus has buffers, too, which are converted for pruning and back.
+@pytest.mark.parametrize(
+    "kind", ["llama", "mixtral", "gpt_oss", "gemma2", "gpt2", "apertus", *SEES]
+)
+def test_what_is_saved_is_what_was_pruned_bit_for_bit(folder, tmp_path, monkeypatch, capsys, kind):
+    # Of a LLaMA, some norms are loaded in float32. Apertus has buffers, too.
+    strict = {"post_attention_layernorm"}
+    monkeypatch.setattr(hf.LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", strict)
     make_model(kind).bfloat16().save_pretrained(tmp_path / "model")
     hf.AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained(tmp_path / "model")
     models = spy(monkeypatch, "load_model", eval_ppl)
+    states = spy(monkeypatch, "states_before_blocks")
     out = tmp_path / "out"
     arguments = ("--no-bos", "--model", tmp_path / "model", "--save", out)
     assert run(monkeypatch, folder, *arguments) is None
+    assert states[0][0].dtype == torch.float32  # in which a CPU computes
+    # What stays dense has no zeros. The biases of GPT-OSS's experts, which are zeros, do not count.
+    assert float(re.search(r"(\S+)% of", capsys.readouterr().out)[1]) <= 50
     pruned = models[0].state_dict()
     torch.testing.assert_close(eval_ppl.load_model(out).state_dict(), pruned, rtol=0, atol=0)
-    # The checkpoint has no other tensors. Those that see images stay as they are.
     dense, saved = (load_file(path / "model.safetensors") for path in (tmp_path / "model", out))
+    loaded = eval_ppl.load_model(tmp_path / "model").state_dict()
+    for name in saved.keys() & loaded.keys():
+        assert saved[name].dtype == loaded[name].dtype, name
+    # The checkpoint has no other tensors. Those that see images stay as they are.
     text = {name: saved[name] for name in saved if not re.search("vis|multi_modal", name)}
     torch.testing.assert_close(saved, dense | text, rtol=0, atol=0)
 
@@ -1488,6 +1520,9 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch):
         (["--pattern=2:-4"], "--pattern: must be N:M with 0 < N <= M, got 2:-4"),
         (["--pattern", "2:4:8"], "--pattern: must be N:M with 0 < N <= M, got 2:4:8"),
         (["--pattern", "2:a"], "--pattern: must be N:M with 0 < N <= M, got 2:a"),
+        (["--limit", "0"], "needed: --seqlen at least 2, --limit at least 1"),
+        (["--limit", "1", "--seqlen", "1"], "needed: --seqlen at least 2, --limit at least 1"),
+        (["--dataset", "short.txt"], "tokens, but a window needs 64"),
         (["--seed", str(2**64)], "and --seed at least 0 and below 2**63"),
         (
             ["--calibration", "test.txt", "short.txt", "--nsamples", "1"],
@@ -1515,8 +1550,11 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch):
         (["--bos"], "tiny has no BOS token: use --no-bos"),
         (["--seqlen", "65"], "seqlen is 65, but the model has only 64 positions"),
         (["--model", "./missing"], "configuration and the tokenizer of ./missing"),
+        (["--model", "MISSING.GGUF"], "does not appear to have a file named MISSING.GGUF"),
         (["--model", "other"], "is beyond the vocabulary of 96"),
-        (["--model", "truncated"], "while reading truncated"),
+        (["--model", "truncated"], "not fully covered\nwhile reading truncated"),
+        (["--model", "index"], "admm_prune.py: KeyError: 'weight_map'\nwhile reading index\n"),
+        (["--method", "mine"], "overflows torch.float16: use --dtype float32"),
         pytest.param(
             ["--model", "no tokenizer"],
             "\n(3) an equivalent slow tokenizer class",
@@ -1536,7 +1574,11 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
     free = mock.Mock(free=1000 if "too large" in arguments else 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     loaded = spy(monkeypatch, "load_model", eval_ppl)
-    code = run(monkeypatch, folder, *arguments)
+    # As the README adds a method to the command line
+    monkeypatch.setitem(ap.METHODS, "mine", lambda weight, gram, **_: weight * 1e9)
+    # eval_ppl.py alone has these options.
+    main = eval_ppl.main if {"--dataset", "--limit"} & set(arguments) else ap.main
+    code = run(monkeypatch, folder, *arguments, main=main)
     assert sentence in (capsys.readouterr().err if code == 2 else code)  # 2: argparse has told it
     assert not loaded or "--seqlen" not in arguments  # positions are checked before
     assert sorted(tmp_path.rglob("*")) == before
@@ -1589,45 +1631,3 @@ def test_messages_are_whole_and_say_what_helps(folder, tmp_path, monkeypatch, mo
     monkeypatch.setattr(eval_ppl, "sys", mock.Mock(flags=mock.Mock(dev_mode=True)))
     with pytest.raises(type(error)):  # with its traceback
         run(monkeypatch, folder, "--save", tmp_path / "out")
-
-
-def test_tensors_get_back_the_dtypes_in_which_they_were_loaded(folder, tmp_path, monkeypatch):
-    # The norms are loaded in float32, and all else in float16. The CPU computes in float32.
-    monkeypatch.setattr(hf.LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", {"layernorm"})
-    states = spy(monkeypatch, "states_before_blocks")
-    # As the README adds a method to the command line.
-    monkeypatch.setitem(ap.METHODS, "mine", lambda weight, gram, **_: weight)
-    make_model().half().save_pretrained(tmp_path / "model")
-    hf.AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained(tmp_path / "model")
-    out = tmp_path / "out"
-    arguments = ("--method", "mine", "--model", tmp_path / "model", "--save", out)
-    assert run(monkeypatch, folder, *arguments) is None
-    assert states[-1][0].dtype == torch.float32
-    ap.METHODS["mine"] = lambda weight, gram, **_: weight * 1e9
-    assert "overflows torch.float16: use --dtype float32" in run(
-        monkeypatch, folder, *arguments[:-1], tmp_path / "large"
-    )
-    loaded = eval_ppl.load_model(tmp_path / "model").state_dict()
-    for name, tensor in load_file(out / "model.safetensors").items():
-        assert tensor.dtype == loaded[name].dtype
-
-
-def test_a_command_gives_the_same_weights_again_and_others_for_another_seed(
-    folder, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    probes = spy(monkeypatch, "probe_block")
-    states = spy(monkeypatch, "states_before_blocks")
-    shutil.copytree(folder / "tiny", "tiny.gguf")  # a folder, whose suffix is left out all the same
-    saved = []
-    for seed, name in ((1, None), (1, "again"), (2, "other")):
-        options = ["--sparsity", 0.7, "--dtype", "float16", "--block-aware", "--seed", seed]
-        save = ["--save", name] if name else []
-        assert run(monkeypatch, folder, "--model", "tiny.gguf", *options, *save) is None
-        out = tmp_path / (name or "tiny-admm-grad-block-aware-0.7")
-        assert probes[-1][2] == "mlp.down_proj"  # --block-aware has reached the loop
-        assert hf.AutoConfig.from_pretrained(out).dtype == states[-1][0].dtype == torch.float16
-        report = json.loads((out / "pruning_report.json").read_text())
-        assert len({round(row["sparsity"], 2) for row in report["layers"]}) > 5
-        saved.append((out / "model.safetensors").read_bytes())
-    assert saved[0] == saved[1] != saved[2]
