@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +27,6 @@ import pytest
 import tokenizers
 import torch
 import transformers as hf
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -1361,20 +1360,20 @@ def test_the_defaults_of_the_command_lines(monkeypatch):
     prune = mock.Mock()
     monkeypatch.setattr(ap, "prune_and_save", prune)
     ap.main()
-    used = vars(prune.call_args.args[0])
-    assert (used["method"], used["sparsity"], used["calibration"]) == ("admm-grad", 0.5, ["c4"])
-    assert (used["nsamples"], used["seqlen"], used["seed"]) == (128, 2048, 0)
+    defaults = dict(
+        method="admm-grad", sparsity=0.5, calibration=["c4"], nsamples=128, seqlen=2048, seed=0
+    )
+    assert vars(prune.call_args.args[0]).items() >= defaults.items()
     read = mock.Mock()
     load = mock.Mock(side_effect=ValueError)
     monkeypatch.setattr(eval_ppl, "evaluation_tokens", read)
     monkeypatch.setattr(eval_ppl, "load_model", load)
     monkeypatch.setattr(eval_ppl, "load_tokenizer", lambda name, seqlen, bos: (None, bos))
-    for dtype, flags in (("float32", []), ("float16", ["--dtype", "float16"])):
-        monkeypatch.setattr(sys, "argv", ["", "--model", "opt", "--device", "cpu", *flags])
-        with pytest.raises(SystemExit):
-            eval_ppl.main()
-        read.assert_called_with("wikitext2", None, 2048, None, None)
-        load.assert_called_with("opt", dtype)
+    monkeypatch.setattr(sys, "argv", ["", "--model", "opt", "--dtype", "float16"])
+    with pytest.raises(SystemExit):
+        eval_ppl.main()
+    read.assert_called_with("wikitext2", None, 2048, None, None)
+    load.assert_called_with("opt", "float16")
 
 
 @pytest.mark.parametrize(
@@ -1587,11 +1586,16 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
 @pytest.mark.parametrize(
     "module, name", [(ap, "prune_model"), (hf.modeling_utils, "safe_save_file")]
 )
-def test_a_killed_run_leaves_no_model_and_the_next_one_says_so(
+def test_a_stopped_run_leaves_nothing_and_a_killed_one_no_model(
     folder, tmp_path, monkeypatch, module, name
 ):
     arguments = (monkeypatch, folder, "--method", "wanda", "--save", tmp_path / "out")
     with monkeypatch.context() as patch:
+        for error in (OSError, KeyboardInterrupt):
+            patch.setattr(module, name, mock.Mock(side_effect=error))
+            with suppress(KeyboardInterrupt):
+                run(*arguments)
+            assert not list(tmp_path.iterdir())
         patch.setattr(module, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         fork = multiprocessing.get_context("fork").Process(target=run, args=arguments)
         fork.start()
@@ -1606,26 +1610,25 @@ def test_a_killed_run_leaves_no_model_and_the_next_one_says_so(
 
 
 @pytest.mark.parametrize(
-    "module, name, error",
+    "module, name, kind, error",
     [
-        (eval_ppl, "load_model", torch.OutOfMemoryError("CUDA out of memory.\nSee below")),
-        (eval_ppl, "load_model", MemoryError()),
-        (eval_ppl, "load_model", AttributeError("'Llama4Output' has no 'image_outputs'")),
-        (eval_ppl, "load_model", RuntimeError("can't allocate memory: 9 bytes")),
-        (eval_ppl, "load_model", StrictDataclassError("in a configuration")),
-        (eval_ppl, "load_model", ImportError("needs tiktoken:\npip install tiktoken")),
-        (ap, "prune_model", torch.linalg.LinAlgError("not positive-definite")),
-        (hf.PreTrainedTokenizerFast, "save_pretrained", OSError("disk quota exceeded")),
-        (hf.GenerationConfig, "save_pretrained", ValueError("`temperature` without `do_sample`")),
+        (eval_ppl, "load_model", "OutOfMemoryError: ", torch.OutOfMemoryError("CUDA.\nSee below")),
+        (eval_ppl, "load_model", "MemoryError: ", MemoryError()),
+        (eval_ppl, "load_model", "AttributeError: ", AttributeError("no 'image_outputs'")),
+        (eval_ppl, "load_model", "RuntimeError: ", RuntimeError("can't allocate memory: 9 bytes")),
+        (eval_ppl, "load_model", "ImportError: ", ImportError("tiktoken:\npip install tiktoken")),
+        (ap, "prune_model", "_LinAlgError: ", torch.linalg.LinAlgError("not positive-definite")),
+        (hf.PreTrainedTokenizerFast, "save_pretrained", "", OSError("disk quota exceeded")),
+        (hf.GenerationConfig, "save_pretrained", "", ValueError("`temperature` without sampling")),
     ],
 )
-def test_messages_are_whole_and_say_what_helps(folder, tmp_path, monkeypatch, module, name, error):
+def test_messages_are_whole_and_say_what_helps(
+    folder, tmp_path, monkeypatch, module, name, kind, error
+):
     monkeypatch.setattr(ap, "prune_model", None)  # the tokenizer is saved before
     monkeypatch.setattr(module, name, mock.Mock(side_effect=error))
     told = run(monkeypatch, folder, "--save", tmp_path / "out")
-    speaks_for_itself = isinstance(error, (ValueError, OSError))
-    message = str(error) if speaks_for_itself else f"{type(error).__name__}: {error}"
-    assert told.startswith(f"admm_prune.py: {message}\n")
+    assert told.startswith(f"admm_prune.py: {kind}{error}\n")
     assert ("what helps: a shorter --seqlen" in told) == ("emory" in repr(error))
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(eval_ppl, "sys", mock.Mock(flags=mock.Mock(dev_mode=True)))
