@@ -57,6 +57,7 @@ TINY = {
     "attention_hidden_size lru_width out_hidden_size": 32,
     "intermediate_size ffn_dim n_inner d_ff dff dim_ff decoder_ffn_dim": 48,
     "max_position_embeddings n_positions": 64,
+    "residual_multiplier": 0.99,  # Granite's, whose default is 1
     "vocab_size n_words": 512,
 }
 # Some types contradict these values for some names. `make_model` leaves the names of each of these
@@ -105,8 +106,7 @@ def build_tiny(kind, left_at_default):
         config = type(default)(**values(default))
     model_class = hf.AutoModelForImageTextToText if kind in SEES else hf.AutoModelForCausalLM
     with torch.device("meta"):
-        size = sum(p.numel() for p in model_class.from_config(config).parameters())
-    assert size < 5e6
+        assert sum(p.numel() for p in model_class.from_config(config).parameters()) < 5e6
     torch.manual_seed(0)
     model = model_class.from_config(config, dtype=torch.float32).eval()
     for p in model.parameters():  # the usual initialisation hardly depends on the tokens
@@ -512,12 +512,11 @@ def test_options_give_each_layer_its_own_sparsity_or_leave_it_as_it_is(monkeypat
 
 
 @pytest.mark.parametrize("kind", ["llama4_text", "phimoe", "qwen2_moe", "jetmoe"])
-def test_routers_stay_dense_unless_options_say_otherwise(monkeypatch, kind):
-    probes = spy(monkeypatch, "probe_block")
+def test_routers_stay_dense_unless_options_say_otherwise(kind):
     assert ap.leave_routers_dense(0, "mlp.router_gate") is None  # Doge
     default = ap.prune_model(make_model(kind), make_tokens(), ap.wanda, device="cpu")
     every = prune_tiny(make_model(kind), ap.wanda, options=lambda block, name: {})
-    assert not probes  # block-aware pruning is off by default
+    assert default == prune_tiny(make_model(kind), ap.wanda, block_aware=False)
     names = {result["name"] for result in every}
     routers = {name for name in names if re.search("router|gate$", name)}
     assert routers and names - {result["name"] for result in default} == routers
@@ -588,8 +587,7 @@ def test_the_readmes_snippets_print_what_they_promise(capsys, monkeypatch):
 
 def test_correction_is_a_ridge_regression():
     # In float64. The ridge bounds the weights of a rarely active feature.
-    W, X = make_layer()
-    W, X = W.double(), X.double()
+    W, X = [matrix.double() for matrix in make_layer()]
     X[:, 7] = 0
     X[3, 7] = 1e-3
     E = torch.randn(len(X), len(W), generator=torch.Generator().manual_seed(1)).double()
@@ -647,12 +645,15 @@ def test_rows_are_weighted_and_the_closing_layer_is_corrected_for_all_that_the_s
 )
 def test_rows_and_zeros_are_from_the_models_own_backward_pass(monkeypatch, kind, dtype):
     # The gradients have the dtype of the model. What follows from them is computed in float64.
-    own = {"self_attn.v_proj": None, "attn.c_proj": None}  # left dense, it takes no part
-    own |= {"self_attn.o_proj": {"sparsity": 0.9}, "mlp.c_fc": {"mask": True}}
-    model = make_model(kind).to(dtype)
+    own = {
+        "self_attn.v_proj": None,  # left dense, it takes no part
+        "attn.c_proj": None,
+        "self_attn.o_proj": {"sparsity": 0.9},
+        "mlp.c_fc": {"mask": True},
+    }
+    model = make_model(kind).to(dtype).requires_grad_(False)  # as users of adapters have it
     tokens = make_tokens(count=9)  # the probe takes 8 of them
     probes = spy(monkeypatch, "probe_block")
-    model.requires_grad_(False)  # as users of adapters have it
 
     def prune(weight, gram, sparsity, mask=False):
         return torch.zeros_like(weight) if mask else ap.magnitude(weight, gram, sparsity)
@@ -736,7 +737,6 @@ def test_a_pattern_goes_before_the_zeros_of_a_block():
     ],
 )
 def test_the_closing_layer_of_each_type(monkeypatch, kind, closing):
-    monkeypatch.setitem(TINY, "residual_multiplier", 0.99)  # Granite's, whose default is 1
     model = make_model(kind)
     probes = spy(monkeypatch, "probe_block")
     results = prune_tiny(model, ap.wanda, block_aware=True)
@@ -1089,12 +1089,14 @@ def test_what_goes_wrong_in_a_layer_names_it_and_keeps_its_type(block_aware):
 
 
 @pytest.mark.parametrize("available, default", [(True, "cuda"), (False, "cpu")])
-def test_the_default_device_is_cuda_where_there_is_one(monkeypatch, available, default):
+def test_the_default_device_is_cuda_where_there_is_one(available, default):
     # On any machine.
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    monkeypatch.setattr(torch, "empty", mock.Mock())
-    eval_ppl.select_device()
-    torch.empty.assert_called_with(0, device=default)
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=available),
+        mock.patch.object(torch, "empty") as empty,
+    ):
+        eval_ppl.select_device()
+    empty.assert_called_with(0, device=default)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
@@ -1216,11 +1218,10 @@ def folder(tmp_path_factory, tokenizer):
     model.config.auto_map = {"AutoConfig": "x.Config", "AutoModelForCausalLM": "x.Model"}
     model.save_pretrained(path / "tiny")
     tokenizer.save_pretrained(path / "tiny")
-    for name in ("incomplete", "truncated", "index", "other", "no tokenizer"):
+    for name in ("tiny.gguf", "incomplete", "truncated", "index", "other", "no tokenizer"):
         shutil.copytree(path / "tiny", path / name)
     (path / "no tokenizer" / "tokenizer.json").unlink()
-    without_head = model.model.state_dict(prefix="model.")
-    model.save_pretrained(path / "incomplete", state_dict=without_head)
+    model.save_pretrained(path / "incomplete", state_dict=model.model.state_dict(prefix="model."))
     model.resize_token_embeddings(96)
     model.save_pretrained(path / "other")  # with the tokenizer of the larger vocabulary
     (path / "index" / "model.safetensors").unlink()
@@ -1260,6 +1261,8 @@ def test_windows_of_wikitext2(tokenizer, monkeypatch):
     train = torch.tensor(ids["train"]).unfold(0, len(ids["train"]) - 1, 1)  # two windows
     drawn = ap.calibration_tokens("wikitext2", tokenizer, 9, len(train[0]))
     torch.testing.assert_close(drawn.unique(dim=0), train.unique(dim=0))
+    others = ap.calibration_tokens("wikitext2", tokenizer, 9, len(train[0]), seed=1)
+    assert not torch.equal(others, drawn)
 
 
 def test_c4_gives_the_sequences_of_sparsegpt(tokenizer, monkeypatch):
@@ -1302,52 +1305,72 @@ def run(monkeypatch, folder, *arguments, main=ap.main):
         return stop.code
 
 
-def test_the_command_lines(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "model, flags, used, name, dtype",
+    [
+        (
+            "tiny",
+            "--pattern 2:4 --method magnitude --nsamples 6",
+            {
+                "method": "magnitude",
+                "sparsity": None,
+                "pattern": [2, 4],
+                "block_aware": False,
+                "nsamples": 6,
+                "seed": 0,
+                "device": "cpu",
+                "dtype": "torch.float32",
+            },
+            "tiny-magnitude-2of4",
+            torch.float16,
+        ),
+        (
+            "tiny.gguf",  # a folder, whose suffix is left out all the same
+            "--sparsity 0.7 --block-aware --seed 1 --dtype bfloat16",
+            {
+                "method": "admm-grad",
+                "sparsity": 0.7,
+                "pattern": None,
+                "block_aware": True,
+                "nsamples": 8,
+                "seed": 1,
+                "device": "cpu",
+                "dtype": "torch.bfloat16",
+            },
+            "tiny-admm-grad-block-aware-0.7",
+            torch.bfloat16,
+        ),
+    ],
+)
+def test_a_command_does_what_python_does(
+    folder, tmp_path, monkeypatch, capsys, tokenizer, model, flags, used, name, dtype
+):
     monkeypatch.chdir(tmp_path)
     room = sum(p.nbytes for p in make_model().half().parameters())  # just enough
     monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=room))
-    arguments = ("--pattern", "2:4", "--method", "magnitude", "--nsamples", 6)
-    assert run(monkeypatch, folder, *arguments) is None
-    out = tmp_path / "tiny-magnitude-2of4"
+    assert run(monkeypatch, folder, "--model", folder / model, *flags.split()) is None
+    out = tmp_path / name
     assert list(tmp_path.iterdir()) == [out]
-    report = json.loads((out / "pruning_report.json").read_text())
-    used = {"device": "cpu", "dtype": "torch.float32", "sparsity": None, "pattern": [2, 4]}
-    assert report["arguments"].items() >= used.items() and "transformers" in report["versions"]
-    assert [(row["sparsity"], row["num_tokens"]) for row in report["layers"]] == [(0.5, 384)] * 21
-    told = capsys.readouterr().out
-    assert re.search("50.00% of .* 21 layers; .*eval_ppl.py --model tiny-magnitude-2of4\n", told)
+    message = rf"[57]0.00% of .* 21 layers; .*eval_ppl.py --model {name}\n"
+    assert re.search(message, capsys.readouterr().out)
     assert "auto_map" not in (out / "config.json").read_text()
-    model = eval_ppl.load_model(folder / "tiny")
-    prune_tiny(model, partial(ap.magnitude, pattern=(2, 4)))
-    saved = load_file(out / "model.safetensors")
-    torch.testing.assert_close(saved, model.state_dict(), rtol=0, atol=0)
-
-
-def test_a_command_gives_the_same_weights_again_and_others_for_another_seed(
-    folder, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(folder / "tiny", "tiny.gguf")  # a folder, whose suffix is left out all the same
-    flags = "--model tiny.gguf --sparsity 0.7 --dtype bfloat16 --block-aware --seed".split()
-    for seed in ("1", "1 --save again", "2 --save other"):
-        assert run(monkeypatch, folder, *flags, *seed.split()) is None
-    first, again, other = [
-        Path(name, "model.safetensors").read_bytes()
-        for name in ("tiny-admm-grad-block-aware-0.7", "again", "other")
-    ]
-    assert first == again != other
-    dtype = hf.AutoConfig.from_pretrained("again").dtype
-    report = json.loads(Path("again/pruning_report.json").read_text())
-    assert report["arguments"]["dtype"] == str(dtype) == "torch.bfloat16"
-    assert len({round(row["sparsity"], 2) for row in report["layers"]}) > 5
+    report = json.loads((out / "pruning_report.json").read_text())
+    assert report["arguments"].items() >= used.items() and "transformers" in report["versions"]
+    source = str(folder / "calibration.txt")
+    tokens = ap.calibration_tokens(source, tokenizer, used["nsamples"], 64, used["seed"])
+    prune = partial(ap.METHODS[used["method"]], pattern=used["pattern"])
+    pruned = eval_ppl.load_model(folder / model, used["dtype"].removeprefix("torch."))
+    layers = ap.prune_model(pruned, tokens, prune, used["sparsity"], used["block_aware"], "cpu")
+    assert report["layers"] == json.loads(json.dumps(layers))
+    expected = pruned.to(dtype).state_dict()
+    torch.testing.assert_close(eval_ppl.load_model(out).state_dict(), expected, rtol=0, atol=0)
 
 
 def test_several_calibration_texts_take_turns(folder, tmp_path, monkeypatch, tokenizer):
-    prune = mock.Mock(return_value=[])
-    monkeypatch.setattr(ap, "prune_model", prune)
     names = [str(folder / f"{name}.txt") for name in ("calibration", "test")]
-    arguments = ("--calibration", *names, "--nsamples", 5, "--seqlen", 63)
-    assert run(monkeypatch, folder, *arguments, "--save", tmp_path / "out") is None
+    arguments = ("--nsamples", 5, "--seqlen", 63, "--save", tmp_path / "out")
+    with mock.patch.object(ap, "prune_model", return_value=[]) as prune:
+        assert run(monkeypatch, folder, *arguments, "--calibration", *names) is None
     assert eval_ppl.read_text(names[0], "") == DOCS[:60_000]  # without its byte order mark
     tokens = prune.call_args.args[1]
     for i, name in enumerate(names):
@@ -1357,20 +1380,19 @@ def test_several_calibration_texts_take_turns(folder, tmp_path, monkeypatch, tok
 
 def test_the_defaults_of_the_command_lines(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", "--model", "opt"])
-    prune = mock.Mock()
-    monkeypatch.setattr(ap, "prune_and_save", prune)
-    ap.main()
+    with mock.patch.object(ap, "prune_and_save") as prune:
+        ap.main()
     defaults = dict(
         method="admm-grad", sparsity=0.5, calibration=["c4"], nsamples=128, seqlen=2048, seed=0
     )
     assert vars(prune.call_args.args[0]).items() >= defaults.items()
-    read = mock.Mock()
-    load = mock.Mock(side_effect=ValueError)
-    monkeypatch.setattr(eval_ppl, "evaluation_tokens", read)
-    monkeypatch.setattr(eval_ppl, "load_model", load)
-    monkeypatch.setattr(eval_ppl, "load_tokenizer", lambda name, seqlen, bos: (None, bos))
     monkeypatch.setattr(sys, "argv", ["", "--model", "opt", "--dtype", "float16"])
-    with pytest.raises(SystemExit):
+    with (
+        mock.patch.object(eval_ppl, "load_tokenizer", lambda name, seqlen, bos: (None, bos)),
+        mock.patch.object(eval_ppl, "evaluation_tokens") as read,
+        mock.patch.object(eval_ppl, "load_model", side_effect=ValueError) as load,
+        pytest.raises(SystemExit),
+    ):
         eval_ppl.main()
     read.assert_called_with("wikitext2", None, 2048, None, None)
     load.assert_called_with("opt", "float16")
@@ -1412,8 +1434,9 @@ def test_each_sequence_begins_with_bos_for_gemma_or_if_asked_for(
 )
 def test_what_is_saved_is_what_was_pruned_bit_for_bit(folder, tmp_path, monkeypatch, capsys, kind):
     # Of a LLaMA, some norms are loaded in float32. Apertus has buffers, too.
-    strict = {"post_attention_layernorm"}
-    monkeypatch.setattr(hf.LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", strict)
+    monkeypatch.setattr(
+        hf.LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", {"post_attention_layernorm"}
+    )
     make_model(kind).bfloat16().save_pretrained(tmp_path / "model")
     hf.AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained(tmp_path / "model")
     models = spy(monkeypatch, "load_model", eval_ppl)
@@ -1480,7 +1503,7 @@ def test_a_model_with_code_of_its_own_and_tensors_that_it_lacks(
 
 
 @pytest.mark.skipif(IS_OLD, reason="needs a newer transformers, or triton")
-def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch):
+def test_quantised_checkpoints_are_dequantised(tmp_path):
     # FP8, with one scale for each projection.
     pytest.importorskip("accelerate", reason="transformers reads FP8 with accelerate")
     model = make_model().bfloat16()
@@ -1499,10 +1522,11 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch):
     )
     model.config.save_pretrained(tmp_path)
     # A GPU with kernels for the quantised weights.
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    loaded = eval_ppl.load_model(str(tmp_path))
-    monkeypatch.undo()
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+    ):
+        loaded = eval_ppl.load_model(str(tmp_path))
     assert getattr(loaded.config, "quantization_config", None) is None
     torch.testing.assert_close(loaded.state_dict(), dense, rtol=0.07, atol=1e-5)  # FP8: 4 bits
 
@@ -1541,7 +1565,7 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch):
             "while reading latin1.txt; a text file in UTF-8 can be given",
         ),
         (["--calibration", "short.txt"], "short.txt lacks text for 8 sequences of 64 tokens"),
-        (["--save", "full"], "File exists: 'full'\nchoose another --save (a run"),
+        (["--save", "other"], "File exists: 'other'\nchoose another --save (a run"),
         (["--save", "too large"], "the disk of too large has no room for the model"),
         (["--save", "n" * 256], "File name too long"),
         (["--save", "short.txt/out"], "Not a directory: 'short.txt/out'"),
@@ -1563,13 +1587,10 @@ def test_quantised_checkpoints_are_dequantised(tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
-    folder, tmp_path, monkeypatch, capsys, arguments, sentence
+    folder, monkeypatch, capsys, arguments, sentence
 ):
-    monkeypatch.chdir(tmp_path)
-    for entry in folder.iterdir():
-        (tmp_path / entry.name).symlink_to(entry)
-    (tmp_path / "full").mkdir()
-    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
     free = mock.Mock(free=1000 if "too large" in arguments else 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     loaded = spy(monkeypatch, "load_model", eval_ppl)
@@ -1580,7 +1601,7 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_written(
     code = run(monkeypatch, folder, *arguments, main=main)
     assert sentence in (capsys.readouterr().err if code == 2 else code)  # 2: argparse has told it
     assert not loaded or "--seqlen" not in arguments  # positions are checked before
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
