@@ -80,8 +80,11 @@ def prune_weight(
     if rho <= 0 or growing_steps <= 0 or damping < 0 or frozen_steps < 0:
         raise ValueError("rho and growing_steps must be > 0, damping and frozen_steps >= 0")
     gram = gram.float()
+    # ADMM has two copies of W0, the scaled weight: V reconstructs the outputs, and Z has the zeros.
+    # U, the scaled dual variable, is the sum of V - Z over the steps so far.
+    #
     # Feature j is divided by its norm d_j, so that one rho suits all features, and column j of W is
-    # multiplied by it. The first mask thus ranks the magnitudes of W d.
+    # multiplied by it. The first mask thus ranks |W_ij| d_j.
     d = feature_norms(gram)  # (in,)
     A_rho = (gram / d).div_(d[:, None])  # (in, in)
     A_rho.diagonal().add_(damping * A_rho.diagonal().mean())  # A, the scaled and damped Gram matrix
@@ -94,8 +97,7 @@ def prune_weight(
     del L
     W0 = weight.float() * d  # (out, in)
 
-    # ADMM has two copies of W0: V reconstructs the outputs, and Z has the zeros. U, the scaled dual
-    # variable, is the sum of V - Z over the steps so far. Each step computes
+    # Each step computes
     # Z, the matrix with the required zeros that is nearest to Y = V + U;
     # U = Y - Z, which is 0 where an entry is kept, and else pushes V to 0, harder with each step;
     # V, which minimises tr((V - W0) A (V - W0)^T) + rho ||V - Z + U||^2.
@@ -283,12 +285,12 @@ def prune_model(
             matrix in place, since the error is measured with it.
         sparsity: share of zeros, handed to `prune` for each layer. With `block_aware`, it is that
             of each block, whose layers get different shares (`divide_zeros`). A "sparsity" from
-            `options` goes before. Default: `prune` is called without it.
+            `options` takes precedence. Default: `prune` is called without it.
         block_aware: whether to prune with our extension, `prune_block_aware`.
         device: where to compute; the blocks visit it in turn. Default: CUDA if there is a GPU.
         options: gets the number of a block and the name of a layer in it, such as "mlp.down_proj".
             It returns further keyword arguments of `prune`, such as {"sparsity": 0.7}, or None to
-            leave the layer dense, as the default does with routers.
+            leave the layer dense. Yours replaces the default, which leaves routers dense.
 
     Returns: a list with a dict for each pruned layer: the number of the "block", the "name" of the
         layer in it, its "shape", (out_features, in_features), its "sparsity" (share of zeros), its
@@ -339,7 +341,7 @@ class Layer:
     def add(self, X: Tensor) -> None:
         """Add inputs X, (tokens, in_features) float32, to the sums."""
         self.num_tokens += len(X)
-        # TF32 is exact for inputs that the model computed in 16 bits.
+        # TF32 is exact for inputs that the model computed in 16 bits; others are rounded.
         with torch.backends.flags(fp32_precision="tf32"):
             self.gram.addmm_(X.T, X)
 
@@ -354,7 +356,7 @@ def collect_layers(
     """
     layers = {}
     for before in states:
-        _, products = call.record(before)  # weight and inputs X by name
+        _, products = call.record(before)  # a `Product` by name of layer
         products.pop(leave_out, None)
         for name in list(products):
             if name not in layers:
@@ -432,7 +434,7 @@ def prune_block_aware(
     difference (`correct_weight`), and pruned.
 
     There is no closing layer if a norm or a multiplier follows the last layer, as in Gemma 3, or if
-    stacked experts alone close the block, as in Mixtral; in DeepSeek-V3, a shared expert does, too.
+    stacked experts alone close the block, as in Mixtral. DeepSeek-V3 has one, in its shared expert.
     Stacked experts have the sparsity of the block, and no row scales.
 
     `states` and `dense_states` are the hidden states of each sequence before the block, in the
@@ -513,8 +515,8 @@ def correct_weight(weight: Tensor, gram: Tensor, EtX: Tensor) -> Tensor:
     Since d are the norms of the features (`feature_norms`), the ridge is as large as the diagonal
     of G itself. With a tenth of this ridge, SmolLM2's WikiText-2 perplexity at 60 % zeros in each
     layer was 44.5 instead of 42.2. QEP (Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629) and
-    GPTAQ (Li et al., ICML 2025) correct all layers by such a formula, for their own errors and for
-    quantisation.
+    GPTAQ (Li et al., ICML 2025) correct all layers by such a formula before quantisation, each for
+    the error of its own output.
 
     `weight` W and `EtX` E^T X are (out_features, in_features), and `gram` is G = X^T X, in float32.
     """
@@ -545,7 +547,7 @@ def probe_block(
     more entries, if the method ranks entries of different rows together. With a pattern, all rows
     keep equally many, and r only changes the order in which ADMM prunes entries.
 
-    The scores, (out_features, in_features), say how far the loss of an entry moves the hidden
+    The scores, (out_features, in_features), say how far the removal of an entry moves the hidden
     states: |W_ij| r_i ||x_j||. Here ||x_j|| is the norm of input j, up to a common factor.
 
     The closing layer is the last layer, in the order of calls, whose gradient equals the signs: a
@@ -605,13 +607,13 @@ class Product:
 def identity_of(weight: Tensor) -> tuple[int, int]:
     """Return what identifies a weight: its address and its number of entries.
 
-    W.T is a new tensor with the same ones. A slice such as W[:10] has fewer entries.
+    W.T is a new tensor with the same two. A slice such as W[:10] has fewer entries.
     """
     return weight.data_ptr(), weight.numel()
 
 
 class ProductRecorder(torch.overrides.TorchFunctionMode):
-    """While entered, records the products with the weights of a block, by name and in their order.
+    """While entered, records the products with the weights of a block by name, in order of calls.
 
     Weights are those of linear modules and of experts: transformers stacks the experts of a mixture
     in one parameter, (experts, ..., ...), whose products hooks would not see. PyTorch calls
@@ -647,7 +649,7 @@ class ProductRecorder(torch.overrides.TorchFunctionMode):
         match function.__name__, args:
             case "linear", (x, W, *_):
                 self.add(x, W, output)
-            # Before x, addmm has the bias. A 1-D parameter is no weight.
+            # Before x, addmm has the bias. `mT` needs two dimensions.
             case "addmm" | "mm" | "bmm" | "matmul", (*_, x, WT) if WT.ndim > 1:
                 self.add(x, WT.mT, output)
         return output
@@ -696,8 +698,8 @@ class BlockCall:
         `before` are those before it, (1, seqlen, hidden_size), on any device.
         """
         # A copy, since a block may change its input in place.
-        states = before.to(next(self.block.parameters()).device, copy=True)
-        return states_of(self.block(states, *self.args, **self.kwargs))
+        hidden = before.to(next(self.block.parameters()).device, copy=True)
+        return states_of(self.block(hidden, *self.args, **self.kwargs))
 
     def record(self, before: Tensor) -> tuple[Tensor, dict[str, Product]]:
         """Return the hidden states after the block, and its products by name of layer."""
@@ -773,7 +775,6 @@ def record_calls(
     """
     blocks = list(eval_ppl.find_blocks(model))
     calls = []
-    # A hook after block 0 would be too late, since a block may change its input in place.
     states_by_block = states_before_blocks(model, ids, device)  # so far, those before block 0
 
     def keep(block, args, kwargs, output):
@@ -913,7 +914,7 @@ def prune_and_save(args: argparse.Namespace) -> None:
     ]
     zeros = sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices)
     print(
-        f"{zeros:.2%} of the weights in the blocks are zero, from {len(report['layers'])} layers; "
+        f"{zeros:.2%} of the weights in the blocks are zero, in {len(report['layers'])} layers; "
         f"wrote {folder}; next: python eval_ppl.py --model {folder}"
     )
 
@@ -969,7 +970,6 @@ def load_and_prune(
     return model, {
         "arguments": vars(args)
         | {
-            "sparsity": None if args.pattern else args.sparsity,
             "bos": bos_id,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "dtype": dtype,
@@ -1035,6 +1035,8 @@ def main() -> None:
     args = cli.parse_args()
     if not 0 <= args.sparsity < 1:
         cli.error(f"--sparsity must be at least 0 and below 1, got {args.sparsity}")
+    if args.pattern is not None:
+        args.sparsity = None
     if (
         len({Path(source).resolve() for source in args.calibration}) < len(args.calibration)
         or args.nsamples < len(args.calibration)

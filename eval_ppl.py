@@ -8,7 +8,7 @@ split are joined by blank lines and tokenised once. The tokens are cut into wind
 do not overlap; the last, incomplete one is dropped. Perplexity is exp of the mean negative
 log-likelihood.
 
-Both programs use the functions of this file: they find and offload the blocks, and load models,
+Both programs use the functions of this file, which find and offload the blocks, and load models,
 tokenizers and texts.
 """
 
@@ -86,7 +86,7 @@ def perplexity(
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder blocks: the largest module list in the decoder, by parameters.
 
-    If the decoder has no module list, return the largest in the whole model.
+    If the decoder has no module list, as in ModernBertDecoder, return the largest in the model.
     """
     for part in (model.get_decoder(), model):
         lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
@@ -167,7 +167,7 @@ def check_fits(config, seqlen: int, largest_token: int = 0) -> None:
 def locate(name: str) -> dict:
     """Return the arguments of `from_pretrained` that say where a model is.
 
-    `name` is a hub id, a folder, a .gguf file, or "smollm2", unless that is a folder.
+    `name` is a hub id, a folder, a .gguf file, or "smollm2", unless a folder has this name.
     """
     path = Path(name)
     if name == "smollm2" and not path.is_dir():
@@ -208,7 +208,7 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
     .gguf file.
     """
     config = transformers.AutoConfig.from_pretrained(**locate(name))
-    # Some types are in both mappings. Their text model would be saved without the rest.
+    # This comes first: a type in both mappings would be loaded, and saved, as its text model alone.
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         auto_model = transformers.AutoModelForImageTextToText
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
@@ -216,7 +216,7 @@ def load_model(name: str, dtype: str = "auto") -> PreTrainedModel:
     else:
         raise ValueError(f"transformers has no causal language model of type {config.model_type}")
     if hasattr(config, "auto_map") and type(config).__module__.startswith("transformers."):
-        del config.auto_map  # names the checkpoint's own code, in place of which this class is used
+        del config.auto_map  # else the new folder would ask for the checkpoint's own code
     arguments = {**locate(name), "config": config, "dtype": dtype}
     if "gguf_file" in arguments and hasattr(transformers, "GgufConfig"):  # not in old versions
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -314,8 +314,8 @@ def exit_without_traceback(program: str):
                 "with more memory, or --device cpu"
             )
         # Without its type, a message may say too little: that of a KeyError is the key alone.
-        is_told = isinstance(error, (ValueError, OSError)) and str(error)
-        message = str(error) if is_told else f"{type(error).__name__}: {error}"
+        says_enough = isinstance(error, (ValueError, OSError)) and str(error)
+        message = str(error) if says_enough else f"{type(error).__name__}: {error}"
         lines = [f"{program}: {message}", *getattr(error, "__notes__", [])]
         sys.exit("\n".join([*lines, "(python -X dev shows the traceback)"]))
 
