@@ -17,7 +17,7 @@ METHODS = {
     "Wanda": ("Wanda", "#1671eb", "s"),
     "SparseGPT": ("SparseGPT", "#b0539d", "^"),
     "admm-grad": ("admm-grad", "#1a874b", "o"),
-    "recommended, even*": ("admm-grad --block-aware, even", "#ba5b00", "D"),
+    "recommended": ("admm-grad --block-aware", "#ba5b00", "D"),
 }
 
 
