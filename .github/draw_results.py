@@ -12,12 +12,12 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFo
 HERE = Path(__file__).parent
 # All colours have a contrast of 4.5 to white and to black.
 GREY = "#767676"
-# Head of the column: label, colour, marker.
+# Head of the column: colour, marker.
 METHODS = {
-    "Wanda": ("Wanda", "#1671eb", "s"),
-    "SparseGPT": ("SparseGPT", "#b0539d", "^"),
-    "admm-grad": ("admm-grad", "#1a874b", "o"),
-    "recommended": ("admm-grad --block-aware", "#ba5b00", "D"),
+    "Wanda": ("#1671eb", "s"),
+    "SparseGPT": ("#b0539d", "^"),
+    "admm-grad": ("#1a874b", "o"),
+    "admm-grad --block-aware": ("#ba5b00", "D"),
 }
 
 
@@ -34,7 +34,7 @@ def read_rows() -> dict[str, dict[str, float]]:
         .splitlines()
     ]
     return {
-        name: {column: float(cell) for column, cell in zip(head[2:], cells, strict=True) if cell}
+        name: {column: float(cell) for column, cell in zip(head[2:], cells, strict=True)}
         for name, text, *cells in rows
         if name and text == "WikiText-2"
     }
@@ -45,13 +45,13 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
     rows = read_rows()
     by_zeros = {zeros: rows[f"{zeros} % zeros"] for zeros in (50, 60, 70)}
-    for head, (label, colour, marker) in METHODS.items():
-        points = [(zeros, row[head]) for zeros, row in by_zeros.items()]
+    for name, (colour, marker) in METHODS.items():
+        points = [(zeros, row[name]) for zeros, row in by_zeros.items()]
         axes.plot(
             *zip(*points, strict=True), marker=marker, color=colour, linewidth=2, markersize=8
         )
         axes.annotate(
-            label,
+            name,
             points[-1],
             xytext=(9, 0),
             textcoords="offset points",
@@ -64,7 +64,7 @@ def main() -> None:
         f"dense: {dense}", (70, dense), xytext=(9, 4), textcoords="offset points", color=GREY
     )
     axes.set_xlabel("% of zeros in the blocks", color=GREY)
-    axes.set_xlim(49, 85)
+    axes.set_xlim(49, 82)
     axes.set_xticks(list(by_zeros))
     axes.set_ylabel("perplexity on WikiText-2", color=GREY)
     axes.set_yscale("log")
