@@ -526,14 +526,26 @@ def readme_snippets():
     return re.findall("```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
 
 
-def test_the_readmes_whole_model_is_pruned(folder, tmp_path, monkeypatch):
+def test_the_readmes_whole_model_is_pruned_and_keeps_its_zeros_in_fine_tuning(
+    folder, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     make_model("gpt2").save_pretrained("dense")
     hf.AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained("dense")
     whole = readme_snippets()[0].replace("facebook/opt-6.7b", "dense").replace("2048", "64")
-    exec(whole.replace("c4", f"{folder}/test.txt"), {})
-    blocks = eval_ppl.find_blocks(eval_ppl.load_model("pruned"))
-    zeros = torch.cat([linear.weight.flatten() for linear in find_linears(blocks).values()]) == 0
+    whole, after_each_step = re.split("(?=for p, mask)", whole.replace("c4", f"{folder}/test.txt"))
+    train = (
+        "model(tokens, labels=tokens).loss.backward()\n"
+        "torch.optim.SGD(model.parameters(), lr=1.0).step()\n"
+    )
+    scope = {"torch": torch}
+    exec(whole + train + after_each_step, scope)
+    trained = dict(scope["model"].named_parameters())
+    pruned = eval_ppl.load_model("pruned")
+    for name, p in pruned.named_parameters():
+        assert p.ndim == 1 or torch.equal(p == 0, trained[name] == 0), name
+    weights = [linear.weight for linear in find_linears(eval_ppl.find_blocks(pruned)).values()]
+    zeros = torch.cat([weight.flatten() for weight in weights]) == 0
     assert float(zeros.float().mean()) == pytest.approx(0.6, abs=1e-3)
 
 
